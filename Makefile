@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_TOWER ?= Adam(lr=1e-6) / Adam
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+# pip is the last thing that venv writes: an interrupted creation is taken up again.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.experiments: setup.cfg pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	touch $@
+
+# dev contains experiments: after `make test`, `make demo` needs no network.
+$(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(VENV)/.experiments $@
+
+demo: $(VENV)/.experiments  ## install, then train on digits from a far too small lr and watch it recover
+	$(BIN)/python -m experiments.mnist --tower "$(DEMO_TOWER)" --dataset digits --epochs 30 --out runs/demo
+
+test: $(VENV)/.dev  ## install everything, then run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:  ## remove what was installed, built and cached; runs/ and data/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find hyperopt experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

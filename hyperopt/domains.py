@@ -1,0 +1,124 @@
+"""The sets in which hyperparameters live, and the unconstrained number through which each is learned."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Domain(ABC):
+    """An open set of numbers and a smooth bijection between it and the real line.
+
+    `value(raw)` is the hyperparameter, `raw(value)` the number that is learned; both are differentiable torch operations.
+    Values on the boundary of the set may be held, but not learned.
+    """
+
+    @abstractmethod
+    def value(self, raw: Tensor) -> Tensor:
+        """The hyperparameter that belongs to `raw`."""
+
+    @abstractmethod
+    def raw(self, value: Tensor) -> Tensor:
+        """The unconstrained number that belongs to `value`, which lies strictly inside."""
+
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """The end points of the set."""
+
+    @abstractmethod
+    def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The interval of raw numbers whose values stay strictly inside the set when rounded to `dtype`."""
+
+    def complement(self, raw: Tensor) -> Tensor:
+        """1 − value."""
+        return 1 - self.value(raw)
+
+    def inside(self, value: float) -> bool:
+        """Whether `value` lies strictly inside, where it can be learned."""
+        low, high = self.bounds()
+        return low < value < high
+
+    def admits(self, value: float) -> bool:
+        """Whether `value` lies inside or on the boundary, where it can be held."""
+        low, high = self.bounds()
+        return low <= value <= high and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Positive(Domain):
+    """Positive numbers, learned through their logarithm: value = exp(raw)."""
+
+    def value(self, raw: Tensor) -> Tensor:
+        return raw.exp()
+
+    def raw(self, value: Tensor) -> Tensor:
+        return value.log()
+
+    def bounds(self) -> tuple[float, float]:
+        return 0.0, math.inf
+
+    def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        # exp(89) is infinite in float32, and a subnormal is flushed to zero by some devices.
+        info = torch.finfo(dtype)
+        return math.log(info.tiny) + 1, math.log(info.max) - 1
+
+
+@dataclass(frozen=True)
+class Interval(Domain):
+    """The open interval (low, high), learned through the logit: value = low + (high − low)·sigmoid(raw)."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"Interval({self.low!r}, {self.high!r}): both ends must be finite and low below high")
+
+    def value(self, raw: Tensor) -> Tensor:
+        if self.bounds() == (0, 1):
+            return raw.sigmoid()
+        return self.low + (self.high - self.low) * raw.sigmoid()
+
+    def raw(self, value: Tensor) -> Tensor:
+        return ((value - self.low) / (self.high - value)).log()
+
+    def complement(self, raw: Tensor) -> Tensor:
+        # sigmoid(−raw) keeps every digit where 1 − sigmoid(raw) cancels: betas near 1 are the common case.
+        if self.bounds() == (0, 1):
+            return (-raw).sigmoid()
+        return 1 - self.value(raw)
+
+    def bounds(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        # The smallest share of the interval that still moves either end by more than half a unit in the last place;
+        # for (0, 1) in float32 raw stays within ±16.4, where sigmoid(17) would round to 1.
+        share = 0.6 * torch.finfo(dtype).eps * max(abs(self.low), abs(self.high)) / (self.high - self.low)
+        limit = math.log(1 / share - 1) if share < 0.5 else 0.0
+        return -limit, limit
+
+
+def UnitInterval() -> Interval:
+    """The open interval (0, 1), learned through the logit."""
+    return Interval(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Real(Domain):
+    """Every real number, learned as it is; for lr this is what the paper does, and nothing then keeps lr positive."""
+
+    def value(self, raw: Tensor) -> Tensor:
+        return raw
+
+    def raw(self, value: Tensor) -> Tensor:
+        return value
+
+    def bounds(self) -> tuple[float, float]:
+        return -math.inf, math.inf
+
+    def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        return -math.inf, math.inf

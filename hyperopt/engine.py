@@ -1,0 +1,157 @@
+"""Where the tensors of a node live: flattening, dtypes, devices, which parameters have a gradient, and torch.compile."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, State
+
+LARGE = 2**18  # elements; from here on gathering costs more than one more round of kernels
+
+_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+Record = MutableMapping[str, Tensor]
+
+
+class Chunk:
+    """Tensors that are stepped as one: small ones side by side in a flat buffer, a large one as it is.
+
+    State and tangents are buffers of the chunk, changed in place and never replaced; `records` holds views of them, shaped
+    like each tensor. Everything is computed in float32, in float64 for float64 tensors, whatever dtype the tensors have.
+
+    Args:
+        tensors: parameters of the model, or the raw hyperparameters of a node below; of one device and dtype.
+        records: for each tensor the mapping in which its state is kept; what is there already is taken over.
+        rule: initialises the state where there is none.
+        spread: for hyperparameters with a value per tensor or per coordinate, the position in that vector of each element,
+            and the length of the vector.
+        limits: the interval in which x must stay, for raw hyperparameters.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        records: Sequence[Record],
+        rule: Rule,
+        spread: Mapping[str, tuple[Tensor, int]] | None = None,
+        limits: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.tensors, self.records, self.limits = list(tensors), list(records), limits
+        self.positions = dict(spread or {})
+        like = self.tensors[0]
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.flat = len(self.tensors) > 1
+        self.direct = not self.flat and like.dtype == self.dtype
+        self._x = self._g = None
+        self.t = self._load("t") if "t" in self.records[0] else torch.zeros((), dtype=self.dtype, device=like.device)
+        self.state: State = {}
+        self.tangents: dict[str, dict[str, Tensor]] = {}
+        for key, buffer in rule.init(self.x()).items():
+            self.state[key] = self._load(key) if key in self.records[0] else buffer
+        for key in self.records[0]:
+            if key.startswith("Z."):
+                name, _, of = key[2:].partition(".")
+                self.tangents.setdefault(name, {})[of or "x"] = self._load(key)
+        self._keep("t", self.t)
+        for key, buffer in self.state.items():
+            self._keep(key, buffer)
+        for name, tangent in self.tangents.items():
+            for of, buffer in tangent.items():
+                self._keep(_key(name, of), buffer)
+
+    def x(self) -> Tensor:
+        """The values of the tensors, gathered."""
+        if self.direct:
+            return self.tensors[0].detach()
+        if self._x is None:
+            self._x = self._empty()
+        _copy(self._views(self._x), self.tensors)
+        return self._x
+
+    def gradient(self, grads: Sequence[Tensor], maximize: bool) -> Tensor:
+        """The gradients of the tensors, gathered; never a view of them, unless the chunk is one tensor of its own dtype."""
+        if self.direct:
+            return -grads[0] if maximize else grads[0]
+        if self._g is None:
+            self._g = self._empty()
+        _copy(self._views(self._g), list(grads))
+        return self._g.neg_() if maximize else self._g
+
+    def finite(self, g: Tensor) -> Tensor:
+        """A gathered gradient with zeros where it is not finite, so that a skipped step can be written with weight 0."""
+        return g.nan_to_num(0.0, 0.0, 0.0) if self.direct else g.nan_to_num_(0.0, 0.0, 0.0)
+
+    def spread(self, name: str, value: Tensor) -> Tensor:
+        """A hyperparameter for every coordinate of this chunk, on its device and in its dtype."""
+        value = value.to(self.t)
+        return value[self.positions[name][0]] if name in self.positions else value
+
+    def inner(self, name: str, g: Tensor, z: Tensor) -> Tensor:
+        """<g, z>, summed over the coordinates that share one value of the hyperparameter `name`."""
+        if name not in self.positions:
+            return torch.dot(g.reshape(-1), z.reshape(-1))
+        positions, size = self.positions[name]
+        return torch.zeros(size, dtype=g.dtype, device=g.device).index_add(0, positions.reshape(-1), (g * z).reshape(-1))
+
+    def clean(self) -> None:
+        """Set the elements of tangents that are not finite to zero, so that they start again."""
+        for tangent in self.tangents.values():
+            for buffer in tangent.values():
+                buffer.nan_to_num_(0.0, 0.0, 0.0)
+
+    def commit(self, x: Tensor, state: State, tangents: dict[str, dict[str, Tensor]], ok: Tensor) -> None:
+        """Write what a step made, where ok is 1.; where it is 0. everything keeps its bits."""
+        ok = ok.to(self.t)
+        if self.limits is not None:
+            x = x.clamp(*self.limits)
+        target = self.tensors[0].detach() if self.direct else self._x
+        assert target is not None
+        target.lerp_(x, ok)
+        if not self.direct:
+            _copy(self.tensors, self._views(target))
+        for key, new in state.items():
+            self.state[key].lerp_(new, ok)
+        for name, tangent in tangents.items():
+            mine = self.tangents.setdefault(name, {})
+            for of, new in tangent.items():
+                if of in mine:
+                    mine[of].lerp_(new, ok)
+                else:
+                    mine[of] = new * ok
+                    self._keep(_key(name, of), mine[of])
+        self.t += ok
+
+    def extend(self, rule: Rule) -> None:
+        """Add the state that `rule` needs and that is not there yet."""
+        for key, buffer in rule.init(self.x()).items():
+            if key not in self.state:
+                self.state[key] = buffer
+                self._keep(key, buffer)
+
+    def _empty(self) -> Tensor:
+        like = self.tensors[0]
+        shape = (sum(t.numel() for t in self.tensors),) if self.flat else like.shape
+        return torch.empty(shape, dtype=self.dtype, device=like.device)
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        if not self.flat:
+            return [buffer]
+        return [part.view(t.shape) for part, t in zip(buffer.split([t.numel() for t in self.tensors]), self.tensors, strict=True)]
+
+    def _load(self, key: str) -> Tensor:
+        first = self.records[0][key]
+        if key == "t":
+            return first.detach().clone()
+        buffer = self._empty()
+        _copy(self._views(buffer), [record[key] for record in self.records])
+        return buffer
+
+    def _keep(self, key: str, buffer: Tensor) -> None:
+        views = [buffer] * len(self.records) if key == "t" else self._views(buffer)
+        for record, view in zip(self.records, views, strict=True):
+            record[key] = view
+
+
+def _key(name: str, of: str) -> str:
+    return f"Z.{name}" if of == "x" else f"Z.{name}.{of}"

@@ -1,0 +1,202 @@
+"""`HyperOptimizer`: a bound tower with the face of torch.optim."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import guards
+from .group import Group
+from .rule import check
+from .tower import Hyper
+
+
+class HyperOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` that learns its own hyperparameters; made by `Hyper.bind`.
+
+    A plain `loss.backward()` and `step()`: no graph is kept, gradients are read and never changed, and nothing waits for
+    the device. `param_groups[i]["lr"]`, `["beta1"]` … are the live values; assigning to one is noticed at the next step.
+
+    Args:
+        tower: the specification.
+        params: tensors, named tensors or group dicts.
+        compile: fuse each step with torch.compile.
+        hyper_every: step the levels above only on every k-th step.
+
+    Raises:
+        ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group.
+        TypeError: a complex parameter.
+
+    >>> import torch
+    >>> from hyperopt import Hyper, Adam, SGD
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> optimizer = Hyper(Adam, lr=1e-5).stack(SGD).bind([w])
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     w.square().sum().backward()
+    ...     optimizer.step()
+    >>> bool(optimizer.hyperparameters()["0.lr"] > 1e-5)
+    True
+    """
+
+    def __init__(self, tower: Hyper, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
+        if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
+            raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
+        self.tower, self.compile, self.hyper_every, self.calls = tower, compile, hyper_every, 0
+        self._bound: list[Group] = []
+        super().__init__(params, {name: tower.rule.value(name) for name in tower.rule.declared()})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
+        group = dict(param_group)
+        if "betas" in group:
+            group["beta1"], group["beta2"] = group.pop("betas")
+        known = self.tower.rule.declared()
+        for name in group.keys() - {"params", "param_names", "initial_lr"} - known.keys():
+            raise ValueError(f"a parameter group has an unknown entry {name!r}: {type(self.tower.rule).__name__} has {', '.join(known)}")
+        for name in group.keys() & known.keys():
+            check(f"a parameter group's {name}", group[name], self.tower.domain(name))
+        self.tower.replace(**{name: group[name] for name in group.keys() & known.keys()})
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        if len({id(p) for p in tensors}) < len(tensors):
+            raise ValueError("a parameter group holds the same parameter twice: give each tensor once, as model.parameters() does")
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        try:
+            if not added["params"]:
+                raise ValueError("a parameter group has an empty parameter list: give at least one tensor")
+            for p in added["params"]:
+                if not p.is_floating_point():
+                    raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors")
+            self._bound.append(Group(self.tower, added, self.state))
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of every level. A gradient that is not finite leaves everything as it was, and is counted in `skipped`.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch.optim.
+
+        Raises:
+            TypeError: a sparse gradient.
+            ValueError: a value assigned to a parameter group that lies outside its domain.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self._groups():
+            group.check()
+        gathered = [(group, group.collect()) for group in self._groups()]
+        gathered = [(group, gs) for group, gs in gathered if gs]
+        if not gathered:
+            return loss
+        ok = guards.finite([g for _, gs in gathered for g in gs], gathered[0][0].root.ok)
+        self.calls += 1
+        for group, gs in gathered:
+            group.step(gs, ok, learn=self.calls % self.hyper_every == 0)
+        return loss
+
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """Every hyperparameter of every level, learned or held, by "<level>.<name>"; detached copies, no host sync."""
+        return self._named(lambda node: node.live)
+
+    def hypergradients(self) -> dict[str, Tensor]:
+        """The hypergradient of every learned hyperparameter in raw space, as of the last step; detached copies, no host sync."""
+        return self._named(lambda node: node.q)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many steps were left out for a gradient, and how many hypergradients, that were not finite."""
+        groups = self._groups()
+        gradients = max(int(g.tower["skipped"][0]) for g in groups)
+        return {"gradients": gradients, "hypergradients": sum(int(g.tower["skipped"][1]) for g in groups)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim; tensors and plain values only, so that torch.load(weights_only=True) reads it.
+
+        Raises:
+            RuntimeError: with strategy="graph", whose autograd graph cannot be saved.
+        """
+        if any(not g.saves() for g in self._groups()):
+            raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a checkpoint; training then goes on bit for bit.
+
+        Raises:
+            ValueError: a checkpoint of another tower, or of parameters of other shapes; nothing is changed then.
+        """
+        final: dict[str, Any] = {}
+
+        def inspect(_: Optimizer, given: dict[str, Any]) -> None:
+            self._check_checkpoint(given)
+            final.update(given)
+
+        handle = self.register_load_state_dict_pre_hook(inspect)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch casts state to the parameter's dtype, which would round float32 tangents to bfloat16.
+        ids = [i for group in final["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if i in final["state"]:
+                self.state[p] = {key: value.to(p.device, copy=True) for key, value in final["state"][i].items()}
+        self._rebuild()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every", "calls")}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bound = []
+
+    def __repr__(self) -> str:
+        tensors = sum(len(group["params"]) for group in self.param_groups)
+        return f"HyperOptimizer({self.tower}, {tensors} tensors in {len(self.param_groups)} groups)"
+
+    def _groups(self) -> list[Group]:
+        if len(self._bound) != len(self.param_groups):
+            self._rebuild()
+        return self._bound
+
+    def _rebuild(self) -> None:
+        self._bound = [Group(self.tower, group, self.state) for group in self.param_groups]
+
+    def _named(self, of: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        out = {}
+        groups = self._groups()
+        for i, group in enumerate(groups):
+            suffix = f"[{i}]" if len(groups) > 1 else ""
+            for label, node in sorted(group.nodes.items()):
+                out |= {f"{label}.{name}{suffix}": value.detach().clone() for name, value in of(node).items()}
+        return out
+
+    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict.get("param_groups", [])
+        if len(groups) != len(self.param_groups):
+            mine = len(self.param_groups)
+            raise ValueError(f"the checkpoint has {len(groups)} parameter groups and this optimizer {mine}: bind the same groups")
+        mine = self.tower.structure()
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            if "tower" not in saved:
+                raise ValueError("the checkpoint is not one of a HyperOptimizer: it has no tower; load it into the optimizer that wrote it")
+            if saved["tower"]["structure"] != mine:
+                raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(f"the checkpoint's group has {len(saved['params'])} parameters and this one {len(group['params'])}")
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(i, {}).items():
+                    if key != "t" and value.shape != p.shape:
+                        shapes = f"shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
+                        raise ValueError(f"the checkpoint's {key!r} has {shapes}: load it into the model that wrote it")

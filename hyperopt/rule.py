@@ -1,0 +1,132 @@
+"""What a rule is: the mathematics of one optimizer, with its hyperparameters declared once."""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .domains import Domain
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """How a rule declares one hyperparameter: default value, domain, and the default used above level 0."""
+
+    default: float
+    domain: Domain
+    above: float
+
+
+def hyper(default: float, domain: Domain, *, above: float | None = None) -> Any:
+    """Declare a hyperparameter as a dataclass field of a rule.
+
+    Args:
+        default: its value where the user gives none.
+        domain: the set in which it lives.
+        above: the default above level 0, where the rule moves raw hyperparameters and not weights (`default` if None).
+    """
+    declared = Declared(default, domain, default if above is None else above)
+    return field(default=default, metadata={"hyper": declared})
+
+
+class Values:
+    """The hyperparameters of one update as attributes, and their complements without cancellation."""
+
+    def __init__(self, values: Mapping[str, Tensor], complement: Callable[[str], Tensor]) -> None:
+        self._values = values
+        self._complement = complement
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self._values[name]
+        except KeyError:
+            raise AttributeError(f"the rule declares no hyperparameter {name!r}; it has {', '.join(self._values)}") from None
+
+    def one_minus(self, name: str) -> Tensor:
+        """1 − value, exact also where the value is within rounding of 1."""
+        return self._complement(name)
+
+    def one_minus_power(self, name: str, t: Tensor) -> Tensor:
+        """1 − value**t, the bias of an exponential average after t steps."""
+        return -torch.expm1(t * torch.log1p(-self._complement(name)))
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """The mathematics of one optimizer and nothing else.
+
+    A subclass is a frozen dataclass: fields made with `hyper` are hyperparameters, any other field is an option that is
+    fixed for a run (nesterov, decoupled …). A hyperparameter whose value is 0 on the boundary of its domain may be
+    left out of `init` and `update` altogether; the engine asks again if somebody assigns another value.
+
+    Raises:
+        ValueError: a value outside the closure of its domain.
+        TypeError: a value that is not a number.
+    """
+
+    elementwise: ClassVar[bool] = True  # the update of a coordinate depends on that coordinate alone
+
+    @abstractmethod
+    def init(self, x: Tensor) -> State:
+        """The state before the first step: tensors shaped like `x`, by name."""
+
+    @abstractmethod
+    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """One step: new `x` and new state, in plain differentiable operations, nothing changed in place.
+
+        Args:
+            x: the weights (above level 0: raw hyperparameters).
+            g: the gradient with respect to x.
+            state: as `init` made it.
+            h: the hyperparameters.
+            t: the number of this step, from 1, a 0-d tensor.
+        """
+
+    def linear_in_lr(self) -> bool:
+        """Whether x' = shrink(h)·x − lr·d(g, state, h) and the state never reads x; ∂x'/∂log lr is then x' − x."""
+        return False
+
+    def shrink(self, h: Values) -> Tensor | float:
+        """∂x'/∂x of a rule that is linear in lr: 1, or 1 − lr·weight_decay where the decay is decoupled."""
+        return 1.0
+
+    @classmethod
+    def declared(cls) -> dict[str, Declared]:
+        """The hyperparameters that the rule declares, by name."""
+        return {f.name: f.metadata["hyper"] for f in dataclasses.fields(cls) if "hyper" in f.metadata}
+
+    def value(self, name: str) -> float | Mapping[str, float]:
+        """The value of a hyperparameter: a number, or a number for each hyperparameter that this rule moves."""
+        return getattr(self, name)
+
+    def __post_init__(self) -> None:
+        for name, declared in self.declared().items():
+            value = getattr(self, name)
+            for number in value.values() if isinstance(value, Mapping) else (value,):
+                check(f"{type(self).__name__}({name})", number, declared.domain)
+
+
+def check(argument: str, value: Any, domain: Domain) -> None:
+    """Raise unless `value` is a number in the closure of `domain`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    if not domain.admits(value):
+        low, high = domain.bounds()
+        inside = "a finite number" if low == -math.inf else f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+        raise ValueError(f"{argument} = {value!r} is outside its domain {domain!r}: give {inside}")
+
+
+def root(v: Tensor) -> Tensor:
+    """√v with derivative 0 at 0, where √ has an infinite one that turns tangents into NaN.
+
+    A pixel that is always black has v = 0. Clamping to the smallest normal number costs one operation and moves
+    the value at 0 from 0 to 1e-19 (float32), far below any eps in use.
+    """
+    return v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()

@@ -1,0 +1,76 @@
+"""Adam and AdamW."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..domains import Positive, UnitInterval
+from ..rule import Rule, State, Values, hyper, root
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adaptive moments, with coupled or decoupled weight decay, as `torch.optim.Adam` and `AdamW`.
+
+        g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
+        m = beta1·m + (1 − beta1)·g
+        v = beta2·v + (1 − beta2)·g²
+        x = x − lr·m̂ / (√v̂ + eps),          m̂ = m / (1 − beta1^t),  v̂ = v / (1 − beta2^t)
+
+    Args:
+        lr: step size, default 1e-3 (above level 0: 0.1, in raw space).
+        beta1, beta2: decays of the moments, in [0, 1), default 0.9 and 0.999.
+        eps: added to the root after the correction, where torch has it, default 1e-8.
+        weight_decay: at least 0, default 0.
+        decoupled: decay the weights themselves (AdamW) instead of adding to the gradient.
+        bias_correction: divide the moments by 1 − beta^t; without it m̂ = m and v̂ = v.
+
+    Raises:
+        ValueError: a value outside its domain, or a beta of 1 with bias correction.
+
+    Source: Kingma and Ba 2015 (arXiv 1412.6980); Loshchilov and Hutter 2019 (arXiv 1711.05101); torch.optim.Adam.
+
+    >>> Hyper(Adam, lr=3e-3).stack(SGD)
+    Hyper('Adam(lr=0.003) / SGD')
+    """
+
+    lr: float = hyper(1e-3, Positive(), above=0.1)
+    beta1: float = hyper(0.9, UnitInterval())
+    beta2: float = hyper(0.999, UnitInterval())
+    eps: float = hyper(1e-8, Positive())
+    weight_decay: float = hyper(0.0, Positive())
+    decoupled: bool = False
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias_correction and 1 in (self.beta1, self.beta2):
+            raise ValueError("Adam(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
+
+    def init(self, x: Tensor) -> State:
+        return {"m": x.new_zeros(x.shape), "v": x.new_zeros(x.shape)}
+
+    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        if self.weight_decay != 0 and not self.decoupled:
+            g = g + h.weight_decay * x
+        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
+        v = torch.lerp(state["v"], g * g, h.one_minus("beta2"))
+        step, eps = h.lr, h.eps
+        if self.bias_correction:
+            # m̂ / (√v̂ + eps) with both corrections moved to the scalars: one pass over the weights less.
+            root_bias2 = h.one_minus_power("beta2", t).sqrt()
+            step, eps = h.lr * root_bias2 / h.one_minus_power("beta1", t), h.eps * root_bias2
+        if self.decoupled and self.weight_decay != 0:
+            x = x * self.shrink(h)
+        return x - step * m / (root(v) + eps), {"m": m, "v": v}
+
+    def linear_in_lr(self) -> bool:
+        return self.decoupled or self.weight_decay == 0
+
+    def shrink(self, h: Values) -> Tensor | float:
+        return 1 - h.lr * h.weight_decay if self.decoupled and self.weight_decay != 0 else 1.0
+
+
+AdamW = partial(Adam, weight_decay=1e-2, decoupled=True)

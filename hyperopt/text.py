@@ -1,0 +1,105 @@
+"""The textual form of a tower: `Adam(lr=0.01) / SGD`, printed with what differs from the defaults and read without eval."""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from . import rules
+from .domains import Domain, Interval, Positive, Real, UnitInterval
+
+if TYPE_CHECKING:
+    from .tower import Hyper
+
+DOMAINS: dict[str, Callable[..., Domain]] = {"Positive": Positive, "UnitInterval": UnitInterval, "Interval": Interval, "Real": Real}
+OPTIONS = ("learn", "horizon", "trust", "domains", "per", "strategy", "maximize")
+
+
+def show(tower: "Hyper", level: int) -> str:
+    """The text of a tower whose lowest node stands at `level`; rules have other defaults above level 0."""
+    plain = type(tower)(type(tower.rule))
+    rule, defaults = tower.rule_at(level), plain.rule_at(level)
+    pairs = [(f.name, getattr(rule, f.name), getattr(defaults, f.name)) for f in dataclasses.fields(rule)]
+    pairs += [(name, getattr(tower, name), getattr(plain, name)) for name in OPTIONS]
+    tree = tower.is_tree()
+    if tree:
+        # The branches say what is learned.
+        pairs = [pair for pair in pairs if pair[0] != "learn"]
+    words = [f"{name}={_word(value)}" for name, value, default in pairs if value != default]
+    shown = type(rule).__name__ + (f"({', '.join(words)})" if words else "")
+    above = {names[0]: show(node, level + 1) for names, node in tower.above.items()}
+    if tree:
+        return f"{shown} / {{{', '.join(f'{name}: {node}' for name, node in above.items())}}}"
+    return " / ".join([shown, *above.values()])
+
+
+def read(source: str, hyper: type["Hyper"]) -> "Hyper":
+    """The tower that `show` printed.
+
+    Raises:
+        ValueError: naming the part that is not understood.
+    """
+    try:
+        tree = ast.parse(source.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{source!r} is not a tower: {error.msg}; write one as in 'Adam(lr=0.001) / SGD'") from None
+    try:
+        return _tower(tree, source, hyper)
+    except TypeError as error:
+        raise ValueError(f"{source!r} is not a tower: {error}") from None
+
+
+def _tower(node: ast.expr, source: str, hyper: type["Hyper"]) -> "Hyper":
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        below = _tower(node.left, source, hyper)
+        if isinstance(node.right, ast.Dict):
+            names = [_name(key, source) for key in node.right.keys]
+            return below.stack(**{name: _tower(value, source, hyper) for name, value in zip(names, node.right.values, strict=True)})
+        return below.stack(_tower(node.right, source, hyper))
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = _name(call.func, source)
+    if name not in rules.__all__:
+        raise ValueError(f"{name!r} in {source!r} is not a rule: there are {', '.join(rules.__all__)}")
+    if call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError(f"{ast.unparse(call)!r} in {source!r}: every value needs its name, as in Adam(lr=0.001)")
+    return hyper(getattr(rules, name), **{str(k.arg): _value(k.value, source) for k in call.keywords})
+
+
+def _value(node: ast.expr, source: str) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, source)
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item, source) for item in node.elts)
+    if isinstance(node, ast.Dict):
+        return {_name(key, source): _value(value, source) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id in DOMAINS):
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name = _name(call.func, source)
+        if name in DOMAINS:
+            return DOMAINS[name](*(_value(argument, source) for argument in call.args))
+    if isinstance(node, ast.Name):
+        return math.inf if node.id == "inf" else node.id
+    raise ValueError(f"{ast.unparse(node)!r} in {source!r} is not a number, a name, a tuple, a mapping or a domain")
+
+
+def _name(node: ast.expr | None, source: str) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    raise ValueError(f"{ast.unparse(node) if node else '**'!r} in {source!r} is not a name")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_word(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(value) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, Interval):
+        return f"Interval({value.low!r}, {value.high!r})"
+    if isinstance(value, Domain):
+        return type(value).__name__
+    return value if isinstance(value, str) else repr(value)

@@ -1,0 +1,306 @@
+"""`Hyper`: the specification of a tower of optimizers, what a user writes and prints and stores."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import rules, text
+from .domains import Domain
+from .rule import Rule
+
+if TYPE_CHECKING:
+    from .optimizer import HyperOptimizer
+
+HORIZON = 1000.0
+TRUST = 0.1  # level 0: relative change of the weights in a step
+TRUST_ABOVE = 0.5  # above: change of a raw hyperparameter in a step
+PER = ("group", "tensor", "coordinate")
+STRATEGIES = ("tangents", "graph")
+
+
+class Hyper:
+    """A tower or tree of optimizers in which each level learns the hyperparameters of the level below; immutable.
+
+    Args:
+        rule: the optimizer of this level: a rule of this library (class or instance), or the torch.optim class of the same name.
+        learn: which of this level's hyperparameters the level above learns: names, or "all" for every one whose value lies
+            strictly inside its domain. Default: lr alone.
+        horizon: for how many past steps a hyperparameter of this level is held responsible, in steps, 1 to math.inf. 1 is
+            the paper. Default 1000.
+        trust: the largest move of this level's x in one step while its lr is learned: at level 0 relative to the size of the
+            weights (default 0.1), above it the change of a raw hyperparameter (default 0.5); None for no limit.
+        domains: for hyperparameters of this level, the space in which they are learned if not the rule's own.
+        per: one learned value per "group" of parameters, per "tensor" or per "coordinate".
+        strategy: "tangents", or "graph" for the paper's autograd graph, a slow reference at horizon 1.
+        maximize: ascend instead of descend; level 0 only.
+        hyperparameters: values for this level's rule, such as lr=1e-3; betas=(0.9, 0.999) stands for beta1 and beta2.
+
+    Raises:
+        ValueError: a value outside its domain, a name the rule does not have, a learned value on the boundary of its domain.
+        TypeError: a rule that is not one, a value that is not a number.
+
+    Source: Chandra, Xie, Ragan-Kelley and Meijer, NeurIPS 2022 (arXiv 1909.13371).
+
+    >>> from hyperopt import Hyper, Adam, SGD
+    >>> Hyper(Adam, lr=1e-5, learn=("lr", "beta1")).stack(SGD)
+    Hyper('Adam(lr=1e-05, learn=(lr, beta1)) / SGD')
+    """
+
+    def __init__(
+        self,
+        rule: Any,
+        *,
+        learn: Iterable[str] | str | None = None,
+        horizon: float = HORIZON,
+        trust: float | str | None = "default",
+        domains: Mapping[str, Domain] | None = None,
+        per: str = "group",
+        strategy: str = "tangents",
+        maximize: bool = False,
+        **hyperparameters: Any,
+    ) -> None:
+        self._set(
+            rule=_rule(rule, hyperparameters),
+            given=frozenset(hyperparameters),
+            learn=learn if learn is None or learn == "all" else (learn,) if isinstance(learn, str) else tuple(learn),
+            horizon=horizon,
+            trust=trust,
+            domains=dict(domains or {}),
+            per=per,
+            strategy=strategy,
+            maximize=maximize,
+            above={},
+        )
+        _check_options(self)
+
+    def stack(self, rule: Any = None, /, **keywords: Any) -> "Hyper":
+        """One level more, which learns the hyperparameters of the level below.
+
+        Args:
+            rule: one optimizer for all of them; or none, and for each hyperparameter learned an optimizer of its own:
+                `.stack(lr=Adam, beta1=Hyper(SGD, lr=0.1))` is a tree, and further levels go on top of each branch.
+            keywords: as for `Hyper`, describing the new level. A step size for each hyperparameter below:
+                `.stack(SGD, lr={"lr": 1e-5, "beta1": 1e-4})`.
+
+        Raises:
+            ValueError: nothing below can be learned, a name that the level below does not have, a value on the boundary.
+        """
+        if rule is None and not keywords:
+            raise TypeError("stack() needs an optimizer: .stack(SGD), or one for each hyperparameter: .stack(lr=SGD, beta1=Adam)")
+        if self.above:
+            return self._but(above={names: node.stack(rule, **keywords) for names, node in self.above.items()})
+        if not self.rule.declared():
+            raise ValueError(f"nothing can be stacked on {type(self.rule).__name__}: it has no hyperparameters to learn")
+        if rule is None:
+            branches = {name: node if isinstance(node, Hyper) else Hyper(node) for name, node in keywords.items()}
+            if self.learn is not None and self.learn != "all" and set(self.learn) != set(branches):
+                raise ValueError(f"learn={self.learn} does not match the branches {tuple(branches)}: leave learn out, they say it already")
+            below = self._but(learn=tuple(branches))
+            below._check_learned(below.learned)
+            return below._but(above={(name,): node for name, node in branches.items()})
+        node = rule if isinstance(rule, Hyper) and not keywords else Hyper(rule, **keywords)
+        if node.maximize:
+            raise ValueError("maximize=True belongs to level 0: every level above descends the loss that level 0 is given")
+        steps = [v for v in (node.rule.value(n) for n in node.rule.declared()) if isinstance(v, Mapping)]
+        below = self._but(learn=tuple(steps[0])) if steps and self.learn is None else self
+        names = below.learned
+        below._check_learned(names)
+        for mapping in steps:
+            if set(mapping) != set(names):
+                raise ValueError(f"a value was given for each of {tuple(mapping)}, but {names} are learned: name the same")
+        return below._but(above={names: node})
+
+    def bind(self, params: Any, *, compile: bool = False, hyper_every: int = 1) -> "HyperOptimizer":
+        """The optimizer itself, a `torch.optim.Optimizer` over `params`.
+
+        Args:
+            params: tensors, named tensors or group dicts, as for torch.optim; a group may give its own values.
+            compile: fuse each step with torch.compile.
+            hyper_every: step the levels above only on every k-th step.
+
+        Raises:
+            ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group.
+        """
+        from .optimizer import HyperOptimizer
+
+        return HyperOptimizer(self, params, compile=compile, hyper_every=hyper_every)
+
+    def replace(self, **hyperparameters: Any) -> "Hyper":
+        """The same tower with other values at level 0."""
+        return self._but(rule=_rule(self.rule, hyperparameters), given=self.given | set(hyperparameters))._checked()
+
+    def held(self, **hyperparameters: Any) -> "Hyper":
+        """Level 0 alone, with nothing learned, and these values: what a plain run with learned values is started from."""
+        return self.replace(**hyperparameters)._but(above={}, learn=None)
+
+    @property
+    def height(self) -> int:
+        """The number of levels above level 0."""
+        return 1 + max(node.height for node in self.above.values()) if self.above else 0
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The names of this level's hyperparameters that are learned once something is stacked on it."""
+        if self.learn is None:
+            return ("lr",)
+        if self.learn == "all":
+            return tuple(n for n in self.rule.declared() if all(self.domain(n).inside(v) for v in _numbers(self.rule.value(n))))
+        return tuple(self.learn)
+
+    def domain(self, name: str) -> Domain:
+        """The space in which a hyperparameter of this level is learned."""
+        return self.domains[name] if name in self.domains else self.rule.declared()[name].domain
+
+    def trust_at(self, level: int) -> float | None:
+        """The trust of this node where it stands at `level`."""
+        if isinstance(self.trust, str):
+            return TRUST_ABOVE if level else TRUST
+        return self.trust
+
+    def rule_at(self, level: int) -> Rule:
+        """The rule of this node where it stands at `level`: above level 0 a rule has defaults of its own for raw space."""
+        if level == 0:
+            return self.rule
+        above = {n: d.above for n, d in self.rule.declared().items() if n not in self.given and self.rule.value(n) == d.default}
+        return dataclasses.replace(self.rule, **above)
+
+    @classmethod
+    def parse(cls, source: str) -> "Hyper":
+        """The tower that `str` printed as `source`; read without eval.
+
+        Raises:
+            ValueError: text that is not a tower, naming the part that is not understood.
+
+        >>> from hyperopt import Hyper
+        >>> str(Hyper.parse("Adam(lr=0.01) / {lr: Adam, beta1: SGD(lr=0.1)}"))
+        'Adam(lr=0.01) / {lr: Adam, beta1: SGD(lr=0.1)}'
+        """
+        return text.read(source, cls)
+
+    def structure(self) -> str:
+        """The tower's text without any value: what a checkpoint must have in common with the tower that reads it."""
+        options = {f.name: getattr(self.rule, f.name) for f in dataclasses.fields(self.rule) if f.name not in self.rule.declared()}
+        learned = [f"{n} in {self.domain(n)!r}" for n in self.learned] if self.above else []
+        above = {", ".join(names): node.structure() for names, node in self.above.items()}
+        return f"{type(self.rule).__name__}({options}) learns {learned} per {self.per}, horizon {self.horizon}, above {above}"
+
+    def __str__(self) -> str:
+        return text.show(self, 0)
+
+    def __repr__(self) -> str:
+        return f"Hyper({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hyper) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a tower does not change: Hyper(…).replace({name}=…) or a new Hyper gives another one")
+
+    # ---- what follows is private
+
+    rule: Rule
+    given: frozenset[str]
+    learn: tuple[str, ...] | str | None
+    horizon: float
+    trust: float | str | None
+    domains: dict[str, Domain]
+    per: str
+    strategy: str
+    maximize: bool
+    above: "dict[tuple[str, ...], Hyper]"
+
+    def _set(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def _but(self, **changes: Any) -> "Hyper":
+        new = object.__new__(Hyper)
+        new._set(**{**self.__dict__, **changes})
+        return new
+
+    def _checked(self) -> "Hyper":
+        if self.above:
+            self._check_learned(self.learned)
+        return self
+
+    def is_tree(self) -> bool:
+        """Whether the learned hyperparameters have optimizers of their own."""
+        return len(self.above) > 1 or any(names != self.learned for names in self.above)
+
+    def _check_learned(self, names: tuple[str, ...]) -> None:
+        declared = self.rule.declared()
+        rule = type(self.rule).__name__
+        if not names:
+            raise ValueError(f"nothing can be stacked on {rule}: learn={self.learn!r} leaves no hyperparameter to learn")
+        for name in names:
+            if name not in declared:
+                raise ValueError(f"{rule} has no hyperparameter {name!r} to learn: it has {', '.join(declared)}")
+            for value in _numbers(self.rule.value(name)):
+                domain = self.domain(name)
+                if not domain.inside(value):
+                    low, high = domain.bounds()
+                    end = low if value <= low else high
+                    raise ValueError(
+                        f"{name} = {value!r} of {rule} cannot be learned: it lies on or beyond the bound {end:g} of {domain!r}; "
+                        f"start strictly inside, leave {name!r} out of learn, or give domains={{{name!r}: Real()}}"
+                    )
+        if len(set(names)) < len(names):
+            raise ValueError(f"learn={names} of {rule} names a hyperparameter twice")
+
+
+def _check_options(tower: Hyper) -> None:
+    rule = type(tower.rule).__name__
+    if isinstance(tower.learn, tuple):
+        tower._check_learned(tower.learn)
+    for name, domain in tower.domains.items():
+        if name not in tower.rule.declared():
+            raise ValueError(f"domains names {name!r}, which {rule} does not have: it has {', '.join(tower.rule.declared())}")
+        if not isinstance(domain, Domain):
+            raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
+    if isinstance(tower.horizon, bool) or not isinstance(tower.horizon, (int, float)) or not tower.horizon >= 1:
+        raise ValueError(f"horizon = {tower.horizon!r} is outside [1, inf]: give a number of steps, 1 for the paper, or math.inf")
+    trust = tower.trust
+    if trust is not None and trust != "default" and (isinstance(trust, (bool, str)) or not 0 < trust < math.inf):
+        raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
+    if tower.per not in PER:
+        raise ValueError(f"per = {tower.per!r} is none of {', '.join(PER)}")
+    if tower.strategy not in STRATEGIES:
+        raise ValueError(f"strategy = {tower.strategy!r} is none of {', '.join(STRATEGIES)}")
+    if tower.strategy == "graph" and tower.horizon != 1:
+        raise ValueError(
+            f"strategy='graph' keeps the graph of one update, got horizon = {tower.horizon!r}: give horizon=1, or strategy='tangents'"
+        )
+
+
+def _rule(rule: Any, hyperparameters: Mapping[str, Any]) -> Rule:
+    values = dict(hyperparameters)
+    if "betas" in values:
+        values["beta1"], values["beta2"] = values.pop("betas")
+    if isinstance(rule, type) and issubclass(rule, torch.optim.Optimizer):
+        name = rule.__name__
+        if not hasattr(rules, name):
+            raise ValueError(f"there is no rule for torch.optim.{name}; there are {', '.join(rules.__all__)}")
+        rule = getattr(rules, name)
+    known = _fields(rule if isinstance(rule, Rule) else rule() if callable(rule) else rule)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{known['']} has no hyperparameter or option {name!r}: it has {', '.join(n for n in known if n)}")
+    built = dataclasses.replace(rule, **values) if isinstance(rule, Rule) else rule(**values)
+    assert isinstance(built, Rule)
+    return built
+
+
+def _fields(rule: Any) -> dict[str, str]:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"a tower is built from rules such as Adam or SGD, got {rule!r}")
+    return {"": type(rule).__name__} | {f.name: f.name for f in dataclasses.fields(rule)}
+
+
+def _numbers(value: float | Mapping[str, float]) -> list[float]:
+    return list(value.values()) if isinstance(value, Mapping) else [value]
