@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .domains import Positive
-from .engine import LARGE, Chunk, Record
+from .engine import LARGE, Chunk, Compiled, Record
 from .hypergradients import Displacement, Graph, Strategy, Tangents, gamma
 from .optimizable import Optimizable
 from .rule import Rule, check
@@ -28,9 +28,10 @@ class Group:
         spec: the tower.
         group: the parameter group of the optimizer; its "tower" entry holds the levels above 0.
         state: the optimizer's state, by parameter.
+        compile: fuse the tower's step.
     """
 
-    def __init__(self, spec: Hyper, group: dict[str, Any], state: MutableMapping[Tensor, Record]) -> None:
+    def __init__(self, spec: Hyper, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool = False) -> None:
         self.spec, self.group, self.state = spec, group, state
         self.params: list[Tensor] = group["params"]
         self.device = self.params[0].device
@@ -43,9 +44,11 @@ class Group:
         self.nodes: dict[str, Optimizable] = {}
         self.chunks: list[Chunk] = []
         self._build()
+        self._step = Compiled(self.root.step, spec.height + 2) if compile else self.root.step
 
     # ---- the tree
 
+    @torch.no_grad()
     def _build(self) -> None:
         record = self.tower["nodes"].setdefault("0", {})
         for name in self.names:
@@ -150,7 +153,11 @@ class Group:
         self._notice()
         ok = ok.to(self.root.ok)
         gs = [chunk.finite(g) for chunk, g in zip(self.root.chunks, gs, strict=True)]
-        self.root.step(gs, ok, {n: self.last[n] for n in self.watched}, learn=learn)
+        for chunk in self.root.chunks:
+            chunk.gather()
+        self._step(gs, ok, {n: self.last[n] for n in self.watched}, learn=learn)
+        for chunk in self.root.chunks:
+            chunk.scatter()
         self.tower["skipped"][0] += 1 - ok
         self.tower["skipped"][1] = sum(node.resets for node in self.nodes.values())
         record = self.tower["nodes"]["0"]

@@ -11,8 +11,6 @@ Each strategy is an object with the same two methods. `advance` takes one step o
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -38,6 +36,9 @@ class Tangents:
 
     gamma: float
 
+    def __post_init__(self) -> None:
+        _silence()
+
     def ready(self, node: "Optimizable") -> bool:
         return any(chunk.tangents for chunk in node.chunks)
 
@@ -57,13 +58,13 @@ class Tangents:
         x1, s1 = x, chunk.state
         for name in raw:
             carried = {k: z * keep[name].to(z) for k, z in chunk.tangents.get(name, {}).items()} if self.gamma else {}
-            with _duals() as dual:
+            with forward_ad.dual_level():
                 x1, s1 = node.update(
                     chunk,
-                    dual(x, carried.get("x")),
+                    _dual(x, carried.get("x")),
                     g,
-                    {k: dual(s, carried.get(k)) for k, s in chunk.state.items()},
-                    {**raw, name: dual(raw[name], torch.ones_like(raw[name]))},
+                    {k: _dual(s, carried.get(k)) for k, s in chunk.state.items()},
+                    {**raw, name: _dual(raw[name], torch.ones_like(raw[name]))},
                 )
                 (x1, z), *rest = [forward_ad.unpack_dual(a) for a in (x1, *s1.values())]
                 s1 = {k: pair.primal for k, pair in zip(s1, rest, strict=True)}
@@ -165,15 +166,12 @@ def _inner(node: "Optimizable", gs: list[Tensor]) -> Raw:
     return {name: q.get(name, torch.zeros_like(raw)) for name, raw in node.raw.items()}
 
 
-@contextmanager
-def _duals() -> Iterator[Callable[[Tensor, Tensor | None], Tensor]]:
-    _preload()
-    with forward_ad.dual_level():
-        yield lambda x, tangent: x if tangent is None else forward_ad.make_dual(x, tangent)
+def _dual(x: Tensor, tangent: Tensor | None) -> Tensor:
+    return x if tangent is None else forward_ad.make_dual(x, tangent)
 
 
 @cache
-def _preload() -> None:
+def _silence() -> None:
     # The first dual number makes torch import a module that warns of a deprecation of torch's own.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import guards
+from . import adopt, guards
 from .group import Group
 from .rule import check
 from .tower import Hyper
@@ -46,7 +46,15 @@ class HyperOptimizer(Optimizer):
             raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
         self.tower, self.compile, self.hyper_every, self.calls = tower, compile, hyper_every, 0
         self._bound: list[Group] = []
+        source = tower.source
+        if source is not None:
+            params = adopt.groups_of(source, tower.rule)
+            # The tower itself stays a plain value: a copy or a pickle of this optimizer does not drag the old one along.
+            self.tower = tower.released()
         super().__init__(params, {name: tower.rule.value(name) for name in tower.rule.declared()})
+        if source is not None:
+            self.state.update(adopt.state_of(source))
+            self._rebuild()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
@@ -71,7 +79,7 @@ class HyperOptimizer(Optimizer):
             for p in added["params"]:
                 if not p.is_floating_point():
                     raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors")
-            self._bound.append(Group(self.tower, added, self.state))
+            self._bound.append(Group(self.tower, added, self.state, compile=self.compile))
         except BaseException:
             self.param_groups.pop()
             raise
@@ -171,7 +179,7 @@ class HyperOptimizer(Optimizer):
         return self._bound
 
     def _rebuild(self) -> None:
-        self._bound = [Group(self.tower, group, self.state) for group in self.param_groups]
+        self._bound = [Group(self.tower, group, self.state, compile=self.compile) for group in self.param_groups]
 
     def _named(self, of: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         out = {}

@@ -1,0 +1,131 @@
+"""Train the paper's MLP with a tower, then with what it started from and with what it learned, held.
+
+    python -m experiments.mnist --tower "Adam / SGD" --dataset mnist --epochs 3 --seed 0
+
+Protocol: 784-128-10, tanh, cross entropy, inputs in [0, 1], batch 256; the three runs share their initial weights and their batches.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from experiments import data, models
+from hyperopt import Hyper
+from hyperopt.record import Recorder
+
+
+def main(
+    tower: Annotated[str, typer.Option(help="the optimizer and those that tune it, lowest first")] = "Adam / SGD",
+    dataset: Annotated[str, typer.Option(help=f"one of {', '.join(data.NAMES)}")] = "mnist",
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="of the initial weights and of the batches")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="images per step")] = 256,
+    hidden: Annotated[int, typer.Option(min=1, help="width of the hidden layer")] = 128,
+    validation: Annotated[bool, typer.Option(help="measure on held-out training images and leave the test images alone")] = False,
+    device: Annotated[str, typer.Option(help="auto (cuda if there is one), cpu, cuda, …")] = "auto",
+    out: Annotated[Path, typer.Option(help="folder for TensorBoard log, CSV, PNG and result.json")] = Path("runs/mnist"),
+) -> None:
+    """Train an MLP with a tower, and compare with its rule held at the initial and at the learned values."""
+    try:
+        spec = Hyper.parse(tower)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tower") from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        images = data.load(dataset, device, validation=validation)
+    except (ValueError, data.DataNotFoundError) as error:
+        raise typer.BadParameter(str(error), param_hint="--dataset") from error
+    out.mkdir(parents=True, exist_ok=True)
+    measured = "validation" if validation else "test"
+    steps = -(-len(images.train_x) // batch) * epochs
+
+    runs = []
+
+    def train(name: str, spec: Hyper) -> Recorder:
+        """One run from the seed's initial weights on the seed's batches; its row is added to `runs`."""
+        torch.manual_seed(seed)
+        model = models.mlp(images.train_x.shape[1], hidden).to(device)
+        shuffle = torch.Generator().manual_seed(seed)
+        optimizer = spec.bind(model.parameters())
+        errors, seconds = [], 0.0
+        # purge_step: a second run into the same folder replaces the curves of the first.
+        with (
+            Recorder(optimizer) as recorder,
+            SummaryWriter(str(out / "tensorboard" / name), purge_step=0) as writer,
+            tqdm(total=steps, desc=name, unit="step") as bar,
+        ):
+            for epoch in range(epochs):
+                losses = []
+                started = time.perf_counter()
+                for index in torch.randperm(len(images.train_x), generator=shuffle).to(device).split(batch):
+                    optimizer.zero_grad()
+                    loss = cross_entropy(model(images.train_x[index]), images.train_y[index])
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+                    bar.update()
+                losses = torch.stack(losses).tolist()  # the only sync of the epoch's steps
+                seconds += time.perf_counter() - started
+                with torch.no_grad():
+                    wrong = model(images.test_x).argmax(1) != images.test_y
+                errors.append(100 * wrong.float().mean().item())
+                for step, loss in enumerate(losses, start=1 + epoch * len(losses)):
+                    writer.add_scalar("loss", loss, step)
+                writer.add_scalar("error", errors[-1], (epoch + 1) * len(losses))
+                recorder.to_tensorboard(writer)
+                bar.set_postfix_str(f"{measured} error {errors[-1]:.2f} %")
+                if name == "tower":
+                    lr = optimizer.hyperparameters()["0.lr"].mean().item()
+                    tqdm.write(f"epoch {epoch + 1:3}  loss {losses[-1]:.4f}  {measured} error {errors[-1]:6.2f} %  lr {lr:.3g}")
+        runs.append(
+            {"run": name, "tower": str(spec), "error": errors[-1], "errors": errors, "ms_per_step": 1e3 * seconds / steps}
+            | {"hyperparameters": {key: value.mean().item() for key, value in optimizer.hyperparameters().items()}}
+        )
+        return recorder
+
+    recorder = train("tower", spec)
+    recorder.to_csv(out / "hyperparameters.csv")
+    recorder.to_png(out / "hyperparameters.png", title=f"{spec}, {dataset}")
+    learned = [key.removeprefix("0.") for key in recorder.hypergradients if key.startswith("0.")]
+    if learned:
+        final = {name: runs[0]["hyperparameters"][f"0.{name}"] for name in learned}
+        train("initial", spec.held())
+        train("learned", spec.held(**final))
+
+    result = {
+        "command": {"tower": str(spec), "dataset": dataset, "epochs": epochs, "seed": seed, "batch": batch, "hidden": hidden},
+        "measured": measured,
+        "device": device,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "steps": steps,
+        "runs": runs,
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    meaning = {"tower": "this tower", "initial": "its rule, initial values held", "learned": "its rule, learned values held"}
+    print(f"\n{spec} on {dataset}: {epochs} epochs of {steps // epochs} steps, seed {seed}, {device}")
+    print(f"{'run':31}{measured + ' error %':>18}{'ms/step':>9}   hyperparameters")
+    for run in runs:
+        values = [f"{name} {run['hyperparameters'][f'0.{name}']:.6g}" for name in learned]
+        print(f"{meaning[run['run']]:31}{run['error']:18.2f}{run['ms_per_step']:9.2f}   {', '.join(values)}")
+    print(f"\nTensorBoard  tensorboard --logdir {out / 'tensorboard'}")
+    print(f"CSV          {out / 'hyperparameters.csv'}\nPNG          {out / 'hyperparameters.png'}\nresult       {out / 'result.json'}")
+
+
+# Plain click messages: a wrong --tower is one line, not a box.
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,196 @@
+"""What the tower learned, sampled at every step without a host sync, for TensorBoard, CSV and PNG."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optimizer import HyperOptimizer
+
+ROWS = 1024
+HYPER, HYPERGRADIENT = "hyper/", "hypergradient/"
+
+
+class _Block:
+    """`ROWS` samples of a fixed set of tags, on the device where the values live."""
+
+    def __init__(self, tags: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
+        self.tags = tags
+        self.rows = torch.empty(ROWS, len(tags), device=device, dtype=dtype)
+        self.samples: list[int] = []
+
+    def append(self, sample: int, values: list[Tensor]) -> None:
+        torch.stack(values, out=self.rows[len(self.samples)])
+        self.samples.append(sample)
+
+
+class Recorder:
+    """Samples the hyperparameters and hypergradients of an optimizer after its steps.
+
+    Sampling copies on the device and never waits for it; everything that reads (`values`, `to_csv`, …) does.
+    A value per tensor or per coordinate is recorded as its mean. A sample is kept for good (4 bytes a value): `every` thins long runs.
+
+    Args:
+        optimizer: the `HyperOptimizer` to follow.
+        every: sample after each `every`-th step, counted from 1.
+
+    Raises:
+        ValueError: `every` is below 1.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = Hyper(Adam).stack(SGD).bind(model.parameters())
+        >>> with Recorder(optimizer) as recorder:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.ones(4, 2)).sum().backward()
+        ...         optimizer.step()
+        >>> recorder.values["0.lr"].shape
+        (3,)
+    """
+
+    def __init__(self, optimizer: HyperOptimizer, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1: it is the number of steps from one sample to the next")
+        self.every = every
+        self._seen = 0
+        self._steps: list[int] = []
+        self._blocks: list[_Block] = []
+        self._open: dict[tuple, _Block] = {}
+        self._written = 0
+        self._handle = optimizer.register_step_post_hook(self._sample)
+
+    def close(self) -> None:
+        """Stop sampling; what was recorded stays readable."""
+        self._handle.remove()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _sample(self, optimizer: Any, *_: object) -> None:
+        self._seen += 1
+        if self._seen % self.every:
+            return
+        places = defaultdict(dict)
+        for prefix, values in (HYPER, optimizer.hyperparameters()), (HYPERGRADIENT, optimizer.hypergradients()):
+            for key, value in values.items():
+                places[value.device, value.dtype][prefix + key] = value.mean() if value.ndim else value
+        for (device, dtype), values in places.items():
+            # Hypergradients exist only from the second step on: another set of tags is another block.
+            place = (tuple(values), device, dtype)
+            block = self._open.get(place)
+            if block is None or len(block.samples) == ROWS:
+                block = self._open[place] = _Block(*place)
+                self._blocks.append(block)
+            block.append(len(self._steps), list(values.values()))
+        self._steps.append(self._seen)
+
+    def _read(self, first: int = 0) -> dict[str, np.ndarray]:
+        """All tags, from sample `first` on; nan where a tag was not there."""
+        columns: dict[str, np.ndarray] = {}
+        for block in self._blocks:
+            at = np.array(block.samples) - first
+            fresh = at >= 0
+            if not fresh.any():
+                continue
+            rows = block.rows[: len(at)].cpu().double().numpy()
+            for tag, column in zip(block.tags, rows.T, strict=True):
+                columns.setdefault(tag, np.full(len(self._steps) - first, np.nan))[at[fresh]] = column[fresh]
+        return columns
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The step after which each sample was taken; the first step is 1."""
+        return np.array(self._steps, dtype=np.int64)
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """`"<level>.<name>"` -> one value per sample, learned or held."""
+        return {tag.removeprefix(HYPER): column for tag, column in self._read().items() if tag.startswith(HYPER)}
+
+    @property
+    def hypergradients(self) -> dict[str, np.ndarray]:
+        """`"<level>.<name>"` -> one hypergradient per sample (raw space), nan before the first one existed."""
+        return {tag.removeprefix(HYPERGRADIENT): column for tag, column in self._read().items() if tag.startswith(HYPERGRADIENT)}
+
+    def to_tensorboard(self, writer: Any) -> None:
+        """Write the samples that no earlier call wrote, as `hyper/<level>.<name>` and `hypergradient/<level>.<name>`.
+
+        Call it as often as you like, each epoch for instance, always with the same writer; nan is left out.
+
+        Args:
+            writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar`.
+        """
+        for tag, column in self._read(self._written).items():
+            for step, value in zip(self._steps[self._written :], column, strict=True):
+                if not np.isnan(value):
+                    writer.add_scalar(tag, value, step)
+        self._written = len(self._steps)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one row per sample: `step`, each `<level>.<name>`, each `hypergradient/<level>.<name>`; `read_csv` reads it back."""
+        columns = {tag.removeprefix(HYPER): column for tag, column in self._read().items()}
+        with Path(path).open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["step", *columns])
+            for step, *row in zip(self._steps, *columns.values(), strict=True):
+                table.writerow([step, *(f"{value:.9g}" for value in row)])  # nine digits identify a float32
+
+    def to_png(self, path: str | Path, title: str | None = None) -> None:
+        """Draw the learned schedules: a panel for each hyperparameter name, a line for each level.
+
+        Values that never moved are left out, unless none did.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        try:
+            from matplotlib.figure import Figure  # not pyplot: no global state, no display
+        except ImportError as error:
+            raise ImportError("to_png draws with matplotlib: pip install 'hyperopt-torch[experiments]'") from error
+        values = self.values
+        moved = {key: column for key, column in values.items() if np.unique(column[np.isfinite(column)]).size > 1}
+        panels = defaultdict(dict)
+        for key, column in (moved or values).items():
+            level, name = key.rsplit(".", 1)
+            name, _, group = name.partition("[")
+            panels[name][f"level {level}" + (f" [{group}" if group else "")] = column
+        across = min(max(len(panels), 1), 3)
+        down = max(-(-len(panels) // across), 1)
+        figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (name, lines) in zip(axes, panels.items(), strict=False):
+            # A decay is known by its distance from 1: .99 and .999 differ as 100 and 1000 steps do.
+            decay = name != "lr" and all((column[~np.isnan(column)] > 0.5).all() and np.nanmax(column) < 1 for column in lines.values())
+            for label, column in lines.items():
+                axis.plot(self._steps, 1 - column if decay else column, label=label)
+            low, high = axis.dataLim.intervaly
+            if low > 0 and (name == "lr" or high > 10 * low):
+                axis.set_yscale("log")
+            axis.set(xlabel="step", ylabel=f"1 − {name}" if decay else name)
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.suptitle(title or "learned schedules")
+        figure.savefig(path, dpi=120)
+
+
+def read_csv(path: str | Path) -> dict[str, np.ndarray]:
+    """Read back what `Recorder.to_csv` wrote: `step` (integers) and one float column per key."""
+    with Path(path).open(newline="") as file:
+        header, *rows = csv.reader(file)
+    columns = {key: np.array([float(row[i]) for row in rows]) for i, key in enumerate(header)}
+    columns["step"] = columns["step"].astype(np.int64)
+    return columns
