@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 
+def complement(value: Tensor) -> Tensor:
+    """1 − value, for the decimal that was meant.
+
+    float32 holds 0.99900001 for 0.999, so that 1 − value is off by 1e-5 of itself. Where a decimal of seven digits rounds to
+    the same float32, it is taken instead.
+    """
+    exact = 1 - value
+    if value.dtype == torch.float64:
+        return exact
+    decimal = (exact * 1e7).round() / 1e7
+    return torch.where(1 - decimal == value, decimal, exact)
+
+
 @dataclass(frozen=True)
 class Domain(ABC):
     """An open set of numbers and a smooth bijection between it and the real line.
@@ -57,6 +70,9 @@ class Positive(Domain):
     def raw(self, value: Tensor) -> Tensor:
         return value.log()
 
+    def complement(self, raw: Tensor) -> Tensor:
+        return -raw.expm1()
+
     def bounds(self) -> tuple[float, float]:
         return 0.0, math.inf
 
@@ -89,15 +105,16 @@ class Interval(Domain):
         # sigmoid(−raw) keeps every digit where 1 − sigmoid(raw) cancels: betas near 1 are the common case.
         if self.bounds() == (0, 1):
             return (-raw).sigmoid()
-        return 1 - self.value(raw)
+        return (1 - self.high) + (self.high - self.low) * (-raw).sigmoid()
 
     def bounds(self) -> tuple[float, float]:
         return self.low, self.high
 
     def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        # The smallest share of the interval that still moves either end by more than half a unit in the last place;
-        # for (0, 1) in float32 raw stays within ±16.4, where sigmoid(17) would round to 1.
-        share = 0.6 * torch.finfo(dtype).eps * max(abs(self.low), abs(self.high)) / (self.high - self.low)
+        # The smallest share of the interval that still moves a value off either end after rounding. For (0, 1) in float32 raw
+        # stays within ±16.4, where sigmoid(17) would round to 1; elsewhere the ends themselves are rounded, which takes more.
+        margin = 0.6 if self.bounds() == (0, 1) else 2.0
+        share = margin * torch.finfo(dtype).eps * max(abs(self.low), abs(self.high)) / (self.high - self.low)
         limit = math.log(1 / share - 1) if share < 0.5 else 0.0
         return -limit, limit
 

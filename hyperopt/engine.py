@@ -80,15 +80,11 @@ class Chunk:
         return self.tensors[0].detach() if self.direct else self._x
 
     def gradient(self, grads: Sequence[Tensor], maximize: bool) -> Tensor:
-        """The gradients of the tensors, gathered; never a view of them, unless the chunk is one tensor of its own dtype."""
+        """A copy of the gradients of the tensors, gathered."""
         if self.direct:
-            return -grads[0] if maximize else grads[0]
+            return -grads[0] if maximize else grads[0].clone()
         _copy(self._g_views, list(grads))
         return self._g.neg_() if maximize else self._g
-
-    def finite(self, g: Tensor) -> Tensor:
-        """A gathered gradient with zeros where it is not finite, so that a skipped step can be written with weight 0."""
-        return g.nan_to_num(0.0, 0.0, 0.0) if self.direct else g.nan_to_num_(0.0, 0.0, 0.0)
 
     def spread(self, name: str, value: Tensor) -> Tensor:
         """A hyperparameter for every coordinate of this chunk, on its device and in its dtype."""

@@ -1,14 +1,13 @@
 """The tree of one parameter group: built from the specification, fed with gradients, found again in a checkpoint."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .domains import Positive
+from .domains import Positive, complement
 from .engine import LARGE, Chunk, Compiled, Record
 from .hypergradients import Displacement, Graph, Strategy, Tangents, gamma
 from .optimizable import Optimizable
@@ -38,11 +37,11 @@ class Group:
         wide = any(p.dtype == torch.float64 for p in self.params)
         self.dtype = torch.float64 if wide else torch.float32
         self.names = list(spec.rule.declared())
-        self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "nodes": {}})
-        self.tower.setdefault("skipped", torch.zeros(2))
-        self.tower["skipped"] = self.tower["skipped"].to(device=self.device, dtype=self.dtype)
+        self.check()
+        self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "nodes": {}, "calls": 0})
+        self.tower["shapes"] = [list(p.shape) for p in self.params]
+        self.tower["skipped"] = self._to(self.tower.get("skipped", torch.zeros(2)))
         self.nodes: dict[str, Optimizable] = {}
-        self.chunks: list[Chunk] = []
         self._build()
         self._step = Compiled(self.root.step, spec.height + 2) if compile else self.root.step
 
@@ -51,20 +50,45 @@ class Group:
     @torch.no_grad()
     def _build(self) -> None:
         record = self.tower["nodes"].setdefault("0", {})
+        self.live: dict[str, Tensor] = {}
         for name in self.names:
-            sizes = {"group": None, "tensor": len(self.params), "coordinate": sum(p.numel() for p in self.params)}
-            size = sizes[self.spec.per] if self.spec.above and name in self.spec.learned else None
-            value = torch.as_tensor(self.group[name], dtype=self.dtype, device=self.device).detach().clone()
-            self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
-        live = {name: self.group[name] for name in self.names}
-        values = {n: float(live[n].flatten()[0]) for n in self.names if not (self.spec.above and n in self.spec.learned)}
-        self.rule = dataclasses.replace(self.spec.rule, **{n: _shortest(v, self.dtype) for n, v in values.items()})
-        self.nodes = {}
-        self.root = self._node(self.spec, self.rule, 0, "", live, [])
-        self.last = {n: record["last." + n].to(v) if "last." + n in record else v.clone() for n, v in live.items()}
-        self.watched = {n for n in self.names if "last." + n in record}
-        self.versions = {n: v._version for n, v in live.items()}
-        self.chunks = [Chunk(ps, [self.state[p] for p in ps], self.rule, self._spread(ps)) for ps in self._parts(self._stepped())]
+            value = self._to(torch.as_tensor(self.group[name], dtype=self.dtype)).detach().clone()
+            size = self._size(name)
+            self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
+            record["last." + name] = self._to(record.get("last." + name, self.live[name].clone()))
+        self.last = {name: record["last." + name] for name in self.names}
+        # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
+        self.watched = {name for name in self.names if not torch.equal(self.live[name], self.last[name])}
+        self.watched |= set(self.tower.get("watched", []))
+        self.versions = {name: value._version for name, value in self.live.items()}
+        # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
+        learned = self.spec.learned if self.spec.above else ()
+        zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
+        self.zeros = self.tower["zeros"] = [name for name in zeros if not self.live[name].any()]
+        self.rule = _structure(self.spec.rule, self.live, self.zeros)
+        self.root = self._node(self.spec, self.rule, 0, "", self.live, [])
+        self.root.resets = self.tower["skipped"][1].clone()
+        stepped = [p for p in self.params if "t" in self.state.get(p, {})]
+        parts = [[self.params[i] for i in part] for part in self.tower["chunks"]] if "chunks" in self.tower else self._parts(stepped)
+        self._partition([self._chunk(part) for part in parts])
+
+    def _to(self, value: Tensor) -> Tensor:
+        return value.to(device=self.device, dtype=self.dtype)
+
+    def _size(self, name: str) -> int | None:
+        """How many values a hyperparameter of level 0 has; None for one."""
+        if not self.spec.above or name not in self.spec.learned or self.spec.per == "group":
+            return None
+        return len(self.params) if self.spec.per == "tensor" else sum(p.numel() for p in self.params)
+
+    def _chunk(self, params: list[Tensor]) -> Chunk:
+        return Chunk(params, [self.state[p] for p in params], self.rule, self._spread(params))
+
+    def _partition(self, chunks: list[Chunk]) -> None:
+        # Kept with the state, as sums over other chunks would differ in the last bit.
+        self.chunks = chunks
+        index = {p: i for i, p in enumerate(self.params)}
+        self.tower["chunks"] = [[index[p] for p in chunk.tensors] for chunk in chunks]
 
     def _node(self, spec: Hyper, rule: Rule, level: int, branch: str, live: dict[str, Tensor], chunks: list[Chunk]) -> Optimizable:
         above = []
@@ -72,7 +96,7 @@ class Group:
         for names, upper in spec.above.items():
             path = branch if len(spec.above) == 1 and names == spec.learned else ".".join(filter(None, [branch, names[0]]))
             above.append((names, self._upper(upper, level + 1, path, [(n, live[n], domains[n]) for n in names])))
-        complements = {n: _complement(v) for n, v in live.items() if v.dim() == 0}
+        complements = {n: complement(v) for n, v in live.items()}
         node = Optimizable(level, rule, chunks, live, complements, domains, above, _strategy(spec, rule), spec.trust_at(level))
         self.nodes[_label(level, branch)] = node
         return node
@@ -80,7 +104,7 @@ class Group:
     def _upper(self, spec: Hyper, level: int, branch: str, below: list[tuple[str, Tensor, Any]]) -> Optimizable:
         record = self.tower["nodes"].setdefault(_label(level, branch), {})
         for key, value in record.items():
-            record[key] = value.to(device=self.device, dtype=self.dtype)
+            record[key] = self._to(value)
         if "x" not in record:
             record["x"] = torch.cat([domain.raw(value).reshape(-1) for _, value, domain in below])
         rule = spec.rule_at(level)
@@ -97,7 +121,7 @@ class Group:
             live[name] = record["h." + name] = record.get("h." + name, initial)
         limits = [domain.raw_limits(self.dtype) for _, value, domain in below for _ in range(value.numel())]
         low, high = (torch.tensor(ends, dtype=self.dtype, device=self.device) for ends in zip(*limits, strict=True))
-        rule = dataclasses.replace(rule, **{n: next(iter(v.values())) for n in rule.declared() if isinstance(v := rule.value(n), Mapping)})
+        rule = _structure(rule, live, [n for n, v in live.items() if n not in learned and not v.any()])
         chunk = Chunk([record["x"]], [_Prefixed(record)], rule, positions, (low, high))
         return self._node(spec, rule, level, branch, live, [chunk])
 
@@ -121,85 +145,75 @@ class Group:
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
         for p in self.params:
-            if p.grad is not None and (p.grad.is_sparse or p.grad.layout != torch.strided):
+            if p.grad is not None and p.grad.layout != torch.strided:
                 raise TypeError(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which has no hypergradient here: "
                     "make it dense (nn.Embedding(sparse=False)) or give that parameter to another optimizer"
                 )
         for name in self.names:
-            value = self.group[name]
-            if value is not self.root.live[name] and not isinstance(value, Tensor):
+            value, size = self.group[name], self._size(name)
+            if not isinstance(value, Tensor):
                 check(f"param_groups[…][{name!r}]", value, self.spec.domain(name))
+            elif value.dim() and value.shape != (size,):
+                wanted = "one number" if size is None else f"one number, or a tensor of shape ({size},)"
+                raise ValueError(f"param_groups[…][{name!r}] was given a tensor of shape {tuple(value.shape)}: give {wanted}")
 
     def collect(self) -> list[Tensor]:
         """Choose the chunks that have a gradient and return their gradients, gathered."""
         fresh = [p for p in self.params if p.grad is not None and "t" not in self.state.get(p, {})]
-        if fresh:
+        mixed = [c for c in self.chunks if len({p.grad is None for p in c.tensors}) > 1]
+        if fresh or mixed:
             for p in fresh:
                 self.state[p] = {}
-            self.chunks += [Chunk(ps, [self.state[p] for p in ps], self.rule, self._spread(ps)) for ps in self._parts(fresh)]
-        for chunk in list(self.chunks):
-            absent = [p.grad is None for p in chunk.tensors]
-            if any(absent) and not all(absent):
-                # From now on the two halves have different step counts.
-                self.chunks.remove(chunk)
-                for half in ([p for p in chunk.tensors if p.grad is None], [p for p in chunk.tensors if p.grad is not None]):
-                    self.chunks.append(Chunk(half, [self.state[p] for p in half], self.rule, self._spread(half)))
+            # From now on the two halves of a mixed chunk have different step counts.
+            halves = [[p for p in c.tensors if (p.grad is None) == absent] for c in mixed for absent in (True, False)]
+            kept = [c for c in self.chunks if c not in mixed]
+            self._partition(kept + [self._chunk(part) for part in (*halves, *self._parts(fresh))])
         self.root.chunks = [c for c in self.chunks if c.tensors[0].grad is not None]
         return [c.gradient([p.grad for p in c.tensors if p.grad is not None], self.spec.maximize) for c in self.root.chunks]
 
-    def step(self, gs: list[Tensor], ok: Tensor, learn: bool) -> None:
-        """Step the tower; `ok` is 1. where the step counts."""
+    def step(self, gs: list[Tensor], ok: Tensor, every: int) -> None:
+        """Step the tower, its levels above 0 on every `every`-th call; `ok` is 1. where the step counts."""
         self._notice()
+        self.tower["calls"] += 1
         ok = ok.to(self.root.ok)
-        gs = [chunk.finite(g) for chunk, g in zip(self.root.chunks, gs, strict=True)]
+        gs = [g.nan_to_num_(0.0, 0.0, 0.0) for g in gs]  # such a step is written with weight 0
         for chunk in self.root.chunks:
             chunk.gather()
-        self._step(gs, ok, {n: self.last[n] for n in self.watched}, learn=learn)
+        self._step(gs, ok, {n: self.last[n] for n in sorted(self.watched)}, learn=self.tower["calls"] % every == 0)
         for chunk in self.root.chunks:
             chunk.scatter()
         self.tower["skipped"][0] += 1 - ok
-        self.tower["skipped"][1] = sum(node.resets for node in self.nodes.values())
-        record = self.tower["nodes"]["0"]
-        for name in self.watched:
-            live = self.root.live[name]
-            self.last[name] = record["last." + name] = torch.where(ok > 0, live, self.last[name])
-        self.versions = {n: v._version for n, v in self.root.live.items()}
+        if self.spec.above:
+            self.tower["skipped"][1] = sum(node.resets for node in self.nodes.values())
+        for name in self.root.raw.keys() | self.watched:
+            live = self.live[name]
+            self.last[name].copy_(torch.where(ok > 0, live, self.last[name]) if name in self.watched else live)
+        self.versions = {name: value._version for name, value in self.live.items()}
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""
         for name in self.names:
-            mine, value = self.root.live[name], self.group[name]
+            mine, value = self.live[name], self.group[name]
             if value is mine and mine._version == self.versions[name]:
                 continue
-            if name not in self.watched:
-                self.watched.add(name)
-                if name in self.root.raw and self.root.chunks and self.root.chunks[0].tangents:
-                    self.last[name] = self.spec.domain(name).value(self.root.raw[name])
             if value is not mine:
-                mine.copy_(torch.as_tensor(value))
+                mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
                 self.group[name] = mine
-            self.root.complements.pop(name, None)
-            if name not in self.root.raw and self.rule.value(name) == 0:
-                self._reshape(name)
-
-    def _reshape(self, name: str) -> None:
-        # A hyperparameter that was 0 when the tree was built has no place in the state (momentum) or in the update.
-        value = float(self.root.live[name])
-        if value == 0:
-            return
-        self.rule = dataclasses.replace(self.rule, **{name: value})
-        self.root.rule = self.rule
-        self.root.strategy = _strategy(self.spec, self.rule)
-        for chunk in self.chunks:
-            chunk.extend(self.rule)
+            self.watched.add(name)
+            self.tower["watched"] = sorted(self.watched)
+            self.root.complements[name] = complement(mine)
+            if name in self.zeros and bool(mine != 0):
+                # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
+                self.zeros.remove(name)
+                self.rule = self.root.rule = _structure(self.spec.rule, self.live, self.zeros)
+                self.root.strategy = _strategy(self.spec, self.rule)
+                for chunk in self.chunks:
+                    chunk.extend(self.rule)
 
     def saves(self) -> bool:
         """Whether everything this tower needs to go on is held in tensors."""
-        return not any(isinstance(node.strategy, Graph) for node in self.nodes.values() if node.above)
-
-    def _stepped(self) -> list[Tensor]:
-        return [p for p in self.params if "t" in self.state.get(p, {})]
+        return not any(isinstance(node.strategy, Graph) and node.strategy.outputs for node in self.nodes.values())
 
     def _parts(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Parameters that can be stepped as one: of one device, dtype and step count, with the same things kept for each."""
@@ -251,11 +265,7 @@ def _strategy(spec: Hyper, rule: Rule) -> Strategy:
     return Tangents(gamma(spec.horizon))
 
 
-def _shortest(value: float, dtype: torch.dtype) -> float:
-    """The shortest decimal that rounds to `value` in `dtype`: 0.999 for the float32 nearest to it."""
-    return float(str(np.float32(value))) if dtype == torch.float32 else value
-
-
-def _complement(value: Tensor) -> Tensor:
-    # 1 − 0.999 taken in float32 is off by 1e-5 of itself; from the decimal that was meant it is exact, also after a reload.
-    return torch.full_like(value, 1 - _shortest(float(value), value.dtype))
+def _structure(rule: Rule, live: Mapping[str, Tensor], zeros: Collection[str]) -> Rule:
+    """The rule with the values it is asked about when state is made: 0 only for what is left out of the update."""
+    values = {name: float(value.flatten()[0]) for name, value in live.items()}
+    return dataclasses.replace(rule, **{n: 0.0 if n in zeros else v or 0.5 for n, v in values.items()})

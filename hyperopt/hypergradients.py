@@ -141,8 +141,10 @@ class Graph:
             drafts = [node.update(c, x, g, c.state, raw)[0] - x for c, x, g in zip(node.chunks, xs, gs, strict=True)]
             raw, _ = node.project(raw, drafts, xs)
         leaves = {name: r.detach().clone().requires_grad_() for name, r in raw.items()}
+        # Copies, because the graph keeps what it was made of and the chunks go on to change it in place.
+        old = [(c, x.clone(), g.clone(), {k: s.clone() for k, s in c.state.items()}) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
         with torch.enable_grad():
-            news = [node.update(c, x, g, c.state, leaves) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
+            news = [node.update(c, x, g, s, leaves) for c, x, g, s in old]
         if bool(node.ok):
             self.leaves, self.outputs = leaves, {c: x1 for c, (x1, _) in zip(node.chunks, news, strict=True)}
         return raw, [(x1.detach(), {k: s.detach() for k, s in s1.items()}, {}) for x1, s1 in news]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import guards
-from .domains import Domain
+from .domains import Domain, complement
 from .hypergradients import Raw, Strategy
 from .rule import Rule, State, Values
 
@@ -39,7 +39,7 @@ class Optimizable:
         rule: the mathematics of the update.
         chunks: where x, the state and the tangents live; one gradient for each is given to `step`.
         live: the value of every hyperparameter, learned or held; the learned ones are written here after every step.
-        complements: 1 − value of held hyperparameters, from exact numbers.
+        complements: 1 − value of the held hyperparameters.
         domains: the space in which each hyperparameter is learned.
         above: for each node above, the names of the hyperparameters it learns.
         strategy: how Z is made.
@@ -120,12 +120,12 @@ class Optimizable:
                 a = self._assigned[name]
                 values[name] = torch.where(a.boundary, a.value, values[name] + a.shift)
 
-        def complement(name: str) -> Tensor:
-            if name in raw and name not in self._assigned:
-                return chunk.spread(name, self.domains[name].complement(raw[name]))
-            return chunk.spread(name, self.complements[name] if name in self.complements else 1 - values[name])
+        def one_minus(name: str) -> Tensor:
+            if name in self._assigned:
+                return chunk.spread(name, complement(values[name]))
+            return chunk.spread(name, self.domains[name].complement(raw[name]) if name in raw else self.complements[name])
 
-        return Values({name: chunk.spread(name, v) for name, v in values.items()}, complement)
+        return Values({name: chunk.spread(name, v) for name, v in values.items()}, one_minus)
 
     def projects(self, raw: Raw) -> bool:
         """Whether lr is projected down where the step would be larger than trust allows."""
@@ -165,4 +165,4 @@ class Optimizable:
             value = self.domains[name].value(kept)
             if name in self._assigned:
                 value = torch.where(self._assigned[name].changed, self._assigned[name].value, value)
-            self.live[name].copy_(value)
+            self.live[name].copy_(torch.where(ok > 0, value, self.live[name]))

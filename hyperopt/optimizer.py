@@ -1,6 +1,6 @@
 """`HyperOptimizer`: a bound tower with the face of torch.optim."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class HyperOptimizer(Optimizer):
     def __init__(self, tower: Hyper, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
         if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
             raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
-        self.tower, self.compile, self.hyper_every, self.calls = tower, compile, hyper_every, 0
+        self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
         self._bound: list[Group] = []
         source = tower.source
         if source is not None:
@@ -67,9 +67,13 @@ class HyperOptimizer(Optimizer):
         for name in group.keys() & known.keys():
             check(f"a parameter group's {name}", group[name], self.tower.domain(name))
         self.tower.replace(**{name: group[name] for name in group.keys() & known.keys()})
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        if len({id(p) for p in tensors}) < len(tensors):
+        if not isinstance(group["params"], (Tensor, Set)):
+            group["params"] = list(group["params"])
+            tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+            repeated = len({id(p) for p in tensors}) < len(tensors)
+        else:
+            repeated = False  # torch makes a list of one tensor, and refuses a set, which has no order
+        if repeated:
             raise ValueError("a parameter group holds the same parameter twice: give each tensor once, as model.parameters() does")
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -106,9 +110,8 @@ class HyperOptimizer(Optimizer):
         if not gathered:
             return loss
         ok = guards.finite([g for _, gs in gathered for g in gs], gathered[0][0].root.ok)
-        self.calls += 1
         for group, gs in gathered:
-            group.step(gs, ok, learn=self.calls % self.hyper_every == 0)
+            group.step(gs, ok, self.hyper_every)
         return loss
 
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -162,7 +165,7 @@ class HyperOptimizer(Optimizer):
         self._rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every", "calls")}
+        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every")}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -201,10 +204,10 @@ class HyperOptimizer(Optimizer):
                 raise ValueError("the checkpoint is not one of a HyperOptimizer: it has no tower; load it into the optimizer that wrote it")
             if saved["tower"]["structure"] != mine:
                 raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(f"the checkpoint's group has {len(saved['params'])} parameters and this one {len(group['params'])}")
-            for i, p in zip(saved["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(i, {}).items():
-                    if key != "t" and value.shape != p.shape:
-                        shapes = f"shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
-                        raise ValueError(f"the checkpoint's {key!r} has {shapes}: load it into the model that wrote it")
+            shapes = saved["tower"]["shapes"]
+            if len(shapes) != len(group["params"]):
+                raise ValueError(f"the checkpoint's group has {len(shapes)} parameters and this one {len(group['params'])}")
+            for shape, p in zip(shapes, group["params"], strict=True):
+                if list(shape) != list(p.shape):
+                    pair = f"shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}"
+                    raise ValueError(f"the checkpoint has {pair}: load it into the model that wrote it")

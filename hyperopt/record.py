@@ -45,6 +45,8 @@ class Recorder:
         ValueError: `every` is below 1.
 
     Example:
+        >>> import torch
+        >>> from hyperopt import SGD, Adam, Hyper, Recorder
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = Hyper(Adam).stack(SGD).bind(model.parameters())
         >>> with Recorder(optimizer) as recorder:

@@ -130,3 +130,8 @@ def root(v: Tensor) -> Tensor:
     the value at 0 from 0 to 1e-19 (float32), far below any eps in use.
     """
     return v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+
+
+def square(g: Tensor) -> Tensor:
+    """g², kept finite: 1e20 is finite in float32 and its square is not, and an infinite second moment would stay so for ever."""
+    return (g * g).clamp_max(torch.finfo(g.dtype).max)

@@ -54,7 +54,7 @@ def _tower(node: ast.expr, source: str, hyper: type["Hyper"]) -> "Hyper":
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         below = _tower(node.left, source, hyper)
         if isinstance(node.right, ast.Dict):
-            names = [_name(key, source) for key in node.right.keys]
+            names = _distinct([_name(key, source) for key in node.right.keys], source)
             return below.stack(**{name: _tower(value, source, hyper) for name, value in zip(names, node.right.values, strict=True)})
         return below.stack(_tower(node.right, source, hyper))
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
@@ -63,6 +63,7 @@ def _tower(node: ast.expr, source: str, hyper: type["Hyper"]) -> "Hyper":
         raise ValueError(f"{name!r} in {source!r} is not a rule: there are {', '.join(rules.__all__)}")
     if call.args or any(k.arg is None for k in call.keywords):
         raise ValueError(f"{ast.unparse(call)!r} in {source!r}: every value needs its name, as in Adam(lr=0.001)")
+    _distinct([str(k.arg) for k in call.keywords], source)
     return hyper(getattr(rules, name), **{str(k.arg): _value(k.value, source) for k in call.keywords})
 
 
@@ -74,11 +75,12 @@ def _value(node: ast.expr, source: str) -> Any:
     if isinstance(node, ast.Tuple):
         return tuple(_value(item, source) for item in node.elts)
     if isinstance(node, ast.Dict):
-        return {_name(key, source): _value(value, source) for key, value in zip(node.keys, node.values, strict=True)}
+        names = _distinct([_name(key, source) for key in node.keys], source)
+        return {name: _value(value, source) for name, value in zip(names, node.values, strict=True)}
     if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id in DOMAINS):
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         name = _name(call.func, source)
-        if name in DOMAINS:
+        if name in DOMAINS and not call.keywords:
             return DOMAINS[name](*(_value(argument, source) for argument in call.args))
     if isinstance(node, ast.Name):
         return math.inf if node.id == "inf" else node.id
@@ -93,13 +95,19 @@ def _name(node: ast.expr | None, source: str) -> str:
     raise ValueError(f"{ast.unparse(node) if node else '**'!r} in {source!r} is not a name")
 
 
+def _distinct(names: list[str], source: str) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{source!r} gives one of {', '.join(names)} twice")
+    return names
+
+
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_word(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):
         return "(" + ", ".join(value) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, Interval):
-        return f"Interval({value.low!r}, {value.high!r})"
+        return f"Interval({float(value.low)!r}, {float(value.high)!r})"
     if isinstance(value, Domain):
         return type(value).__name__
     return value if isinstance(value, str) else repr(value)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root
+from ..rule import Rule, State, Values, hyper, root, square
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Adam(Rule):
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980); Loshchilov and Hutter 2019 (arXiv 1711.05101); torch.optim.Adam.
 
+    >>> from hyperopt import SGD, Adam, Hyper
     >>> Hyper(Adam, lr=3e-3).stack(SGD)
     Hyper('Adam(lr=0.003) / SGD')
     """
@@ -56,7 +57,7 @@ class Adam(Rule):
         if self.weight_decay != 0 and not self.decoupled:
             g = g + h.weight_decay * x
         m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        v = torch.lerp(state["v"], g * g, h.one_minus("beta2"))
+        v = torch.lerp(state["v"], square(g), h.one_minus("beta2"))
         step, eps = h.lr, h.eps
         if self.bias_correction:
             # m̂ / (√v̂ + eps) with both corrections moved to the scalars: one pass over the weights less.

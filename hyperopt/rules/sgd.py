@@ -27,6 +27,7 @@ class SGD(Rule):
 
     Source: Polyak 1964; Nesterov 1983 in the form of Sutskever et al. 2013; torch.optim.SGD.
 
+    >>> from hyperopt import SGD, Hyper
     >>> Hyper(SGD, momentum=0.9)
     Hyper('SGD(momentum=0.9)')
     """

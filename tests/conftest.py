@@ -1,0 +1,38 @@
+"""What every test shares: one thread in each worker, a fixed seed, and MNIST where this machine has it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # pytest-xdist already runs one worker a core
+
+
+def _mnist() -> Path:
+    return Path(os.environ.get("HYPEROPT_DATA") or "data") / "MNIST" / "raw"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_mnist: the test reads MNIST from HYPEROPT_DATA, or from ./data")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _mnist().is_dir():
+        skip = pytest.mark.skip(reason=f"no MNIST on this machine: {_mnist()} does not exist, set HYPEROPT_DATA to a folder with MNIST/raw")
+        for item in items:
+            if item.get_closest_marker("needs_mnist"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """MNIST as whole tensors; a test that asks for it is marked `needs_mnist`."""
+    from experiments import data
+
+    return data.load("mnist")

@@ -1,0 +1,280 @@
+"""Every hypergradient of every rule, at levels 0, 1 and 2, against finite differences of what the node itself did, in float64.
+
+The definition: q = <g, Z> with Z = Σ_s γ^(T−s) ∂x_T/∂r_s, where x_T is what the node's own updates make of the gradients
+it received, held fixed, r_s are its raw hyperparameters at step s, and γ = 1 − 1/horizon. At horizon 1 only s = T counts.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from hyperopt import SGD, Adam, Hyper, Optimizable, Values
+from hyperopt.hypergradients import Displacement, Graph, Tangents
+
+STEPS = 7
+LEVELS = (0, 1, 2)
+HORIZONS = (1, 2, 10, math.inf)
+H = 1e-2
+STENCIL = {1: 45 / 60, 2: -9 / 60, 3: 1 / 60}  # central differences of order 6: the error is about H^6/140
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_level = pytest.mark.parametrize("level", LEVELS)
+
+
+# ---- towers with one rule of the table at one level
+
+
+TOP = Hyper(SGD, lr=0.1, trust=None)
+
+
+def tower(case, level, learn, *, horizon, trust=None, strategy="tangents", top=TOP):
+    """The case's rule at `level`, rules whose hyperparameters move below it, and a held rule on top."""
+    below = (
+        Hyper(Adam, lr=0.05, beta2=0.9, eps=0.01, learn=("lr", "beta1", "beta2"), horizon=1, trust=None),
+        Hyper(SGD, lr=0.5, momentum=0.5, learn=("lr", "momentum"), horizon=1, trust=None),
+    )
+    node = Hyper(case.rule, learn=learn, horizon=horizon, trust=trust, strategy=strategy)
+    levels = (*below[:level], node, top)
+    spec = levels[0]
+    for above in levels[1:]:
+        spec = spec.stack(above)
+    return spec
+
+
+@dataclass
+class Step:
+    """What a node was given at one step, and what it made of it; one entry a chunk."""
+
+    x: list[Tensor]
+    state: list[dict[str, Tensor]]
+    t: list[Tensor]
+    g: list[Tensor]
+    q: dict[str, Tensor]
+    raw: dict[str, Tensor]  # as used: after the level above, the user and trust
+    x_new: list[Tensor]
+
+
+@contextmanager
+def watch(level):
+    """A list to which the node of `level` adds a `Step` whenever it takes one."""
+    steps, original = [], Optimizable.step
+
+    def step(node, gs, ok, *arguments, **keywords):
+        if node.level != level or not ok:
+            return original(node, gs, ok, *arguments, **keywords)
+        x, g = [c.x().clone() for c in node.chunks], [g.clone() for g in gs]
+        state = [{key: s.clone() for key, s in c.state.items()} for c in node.chunks]
+        t = [c.t + 1 for c in node.chunks]
+        original(node, gs, ok, *arguments, **keywords)
+        q, raw = ({name: v.clone() for name, v in values.items()} for values in (node.q, node.raw))
+        steps.append(Step(x, state, t, g, q, raw, [c.x().clone() for c in node.chunks]))
+        return None
+
+    with mock.patch.object(Optimizable, "step", step):
+        yield steps
+
+
+def run(spec, level, strategy=None):
+    """Train a small network for some steps: the node of `level`, and what it did."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    with watch(level) as steps:
+        optimizer = spec.bind(model.parameters())
+        node = optimizer._groups()[0].nodes[str(level)]
+        node.strategy = strategy or node.strategy
+        for _ in range(STEPS):
+            x = torch.randn(8, 4, dtype=torch.float64)
+            y = 3 * x[:, :2].sin() + 1
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+    return node, steps
+
+
+# ---- the brute force, which differentiates nothing
+
+
+def update(node, chunk, x, g, state, raw, t):
+    """The rule alone, with its own domains."""
+    domains = {name: declared.domain for name, declared in node.rule.declared().items()}
+    values = node.live | {name: domains[name].value(r) for name, r in raw.items()}
+
+    def complement(name):
+        return chunk.spread(name, domains[name].complement(raw[name]) if name in raw else 1 - values[name])
+
+    return node.rule.update(x, g, state, Values({name: chunk.spread(name, v) for name, v in values.items()}, complement), t)
+
+
+def replay(node, steps, shift):
+    """x after each of `steps`, from the state before the first, where the raw hyperparameters alone are shifted."""
+    xs, states, out = steps[0].x, steps[0].state, []
+    for i, step in enumerate(steps):
+        raw = {name: r + (shift.get(name, 0) if i == 0 else 0) for name, r in step.raw.items()}
+        rows = zip(node.chunks, xs, step.g, states, step.t, strict=True)
+        xs, states = zip(*[update(node, c, x, g, s, raw, t) for c, x, g, s, t in rows], strict=True)
+        out.append(xs)
+    return out
+
+
+def brute_force(node, steps, name, gamma, index=()):
+    """The hypergradient of `name` (of one value, where there are several) at every step but the first."""
+    shift = torch.zeros_like(node.raw[name])
+    shift[index] = H
+    q = torch.zeros(len(steps), dtype=torch.float64)
+    for first in range(len(steps) - 1):
+        seen = steps[first:-1] if gamma else steps[first : first + 1]
+        ends = {k: replay(node, seen, {name: k * shift}) for k in (-3, -2, -1, 1, 2, 3)}
+        for later in range(len(seen)):
+            for chunk, g in enumerate(steps[first + later + 1].g):
+                dx = sum(w * (ends[k][later][chunk] - ends[-k][later][chunk]) for k, w in STENCIL.items()) / H
+                q[first + later + 1] += gamma**later * (g * dx).sum()
+    return q[1:]
+
+
+def reported(steps, name):
+    return torch.stack([step.q[name] for step in steps[1:]])
+
+
+def close(actual, expected, rtol, atol):
+    """Equal up to rtol of each number, or up to atol of the largest where a number is 0 but for rounding."""
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol * float(expected.abs().max()))
+
+
+def check(node, steps, horizon, indices=((),)):
+    """What the node reported is what the definition says."""
+    for x, step in zip(replay(node, steps, {}), steps, strict=True):
+        torch.testing.assert_close(list(x), step.x_new, rtol=1e-12, atol=1e-12)
+    for name in node.raw:
+        for index in indices:
+            q = reported(steps, name)[(slice(None), *index)]
+            close(q, brute_force(node, steps, name, 1 - 1 / horizon, index), rtol=1e-6, atol=1e-9)
+            assert q.count_nonzero() > len(q) / 2, f"the hypergradient of {name} is always zero"
+
+
+# ---- properties
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@every_level
+@every_case
+def test_all_learned(case, level, horizon):
+    node, steps = run(tower(case, level, case.learnable, horizon=horizon), level)
+    assert (node.rule, set(node.raw)) == (case.rule, set(case.learnable))
+    check(node, steps, horizon)
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@every_level
+@every_case
+def test_lr_alone(case, level, horizon):
+    spec = tower(case, level, "lr", horizon=horizon)
+    node, steps = run(spec, level)
+    assert isinstance(node.strategy, Displacement) == case.rule.linear_in_lr()
+    check(node, steps, horizon)
+    general = run(spec, level, Tangents(1 - 1 / horizon))[1]
+    close(reported(steps, "lr"), reported(general, "lr"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])
+@every_level
+@every_case
+def test_graph_is_the_same_at_horizon_1(case, level, alone):
+    learn = "lr" if alone else case.learnable
+    graph, tangents = (run(tower(case, level, learn, horizon=1, strategy=s), level) for s in ("graph", "tangents"))
+    assert isinstance(graph[0].strategy, Graph)
+    for name in tangents[0].raw:
+        close(reported(graph[1], name), reported(tangents[1], name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learn", ["lr", "all"])
+@pytest.mark.parametrize(("level", "trust"), [(0, 3e-3), (1, 1e-3)])
+@pytest.mark.parametrize("horizon", [1, 10])
+@every_case
+def test_projected_lr(case, horizon, level, trust, learn):
+    """With trust at work Z belongs to the lr that was used, and the factor that made it smaller is a constant."""
+    top = Hyper(SGD, lr=1e4, trust=0.1)  # moves by .1 at every step, so that trust has work in more than the first
+    learn = learn if learn == "lr" else case.learnable
+    node, steps = run(tower(case, level, learn, horizon=horizon, trust=trust, top=top), level)
+    moves = [torch.cat(s.x_new) - torch.cat(s.x) for s in steps]
+    if level == 0:
+        moves = torch.stack([move.norm() / torch.cat(s.x).norm() for s, move in zip(steps, moves, strict=True)])
+    else:
+        moves = torch.stack([move.abs().max() for move in moves])
+    assert moves.max() <= trust * (1 + 1e-9)
+    assert (moves > trust * (1 - 1e-9)).sum() >= 2, "trust was never at work"
+    check(node, steps, horizon)
+
+
+@pytest.mark.parametrize(("per", "values"), [("tensor", 4), ("coordinate", 37)])
+@every_case
+def test_several_values(case, per, values):
+    spec = Hyper(case.rule, learn=case.learnable, horizon=10, trust=None, per=per).stack(SGD, lr=0.1, trust=None)
+    node, steps = run(spec, 0)
+    assert node.raw["lr"].shape == (values,)
+    check(node, steps, 10, indices=[(2,)])
+
+
+def test_a_value_each_is_a_tower_each():
+    """One vector with a value per coordinate, its elements with a value per tensor, and its elements in groups of their own."""
+
+    def trained(leaves, groups, per):
+        spec = Hyper(Adam, lr=0.05, learn=("lr", "beta1"), trust=None, per=per).stack(SGD, lr=0.5, trust=None)
+        optimizer = spec.bind(groups)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            w = torch.cat(leaves)
+            (w.sin() * w.roll(1) + w**2).sum().backward()
+            optimizer.step()
+        values = optimizer.hyperparameters()
+        return torch.cat(
+            [torch.cat(leaves).detach(), *[values[k].reshape(-1) for k in sorted(values) if k.startswith(("0.lr", "0.beta1"))]]
+        )
+
+    start = torch.randn(5, dtype=torch.float64)
+    vector = start.clone().requires_grad_()
+    elements = [[w.clone().requires_grad_() for w in start.split(1)] for _ in range(2)]
+    coordinates = trained([vector], [vector], "coordinate")
+    tensors = trained(elements[0], elements[0], "tensor")
+    groups = trained(elements[1], [{"params": [w]} for w in elements[1]], "group")
+    assert coordinates[5:10].unique().numel() == 5
+    torch.testing.assert_close(tensors, coordinates, rtol=1e-12, atol=0)
+    torch.testing.assert_close(groups.sort().values, coordinates.sort().values, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_case
+def test_zero_gradients(case, dtype):
+    """Three steps without any gradient (v = 0) move nothing but what weight decay moves, and the first real one finds all finite."""
+    w, peer = (torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype)) for _ in range(2))
+    before = w.detach().clone()
+    optimizer = Hyper(case.rule, learn=case.learnable, horizon=10, trust=None).stack(Adam).stack(SGD).bind([w])
+    for _ in range(3):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    if getattr(case.rule, "weight_decay", 0) == 0:
+        assert w.equal(before)
+    else:
+        theirs = case.peer([peer])
+        for _ in range(3):
+            peer.grad = torch.zeros_like(peer)
+            theirs.step()
+        torch.testing.assert_close(w, peer, rtol=1e-5, atol=0)
+    w.grad = torch.linspace(0, 1, 6, dtype=dtype)
+    for _ in range(2):
+        optimizer.step()
+    everything = [w, *optimizer.state[w].values(), *optimizer.hyperparameters().values(), *optimizer.hypergradients().values()]
+    assert all(value.isfinite().all() for value in everything)
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
+
+
+@every_case
+def test_rows_say_why(case):
+    """A hyperparameter that is not learned in these tests, or a rule that torch does not have, has a reason in its row."""
+    assert case.reason or (case.torch and set(case.learnable) == set(case.rule.declared()))

@@ -1,0 +1,278 @@
+"""Bad input to a bound optimizer: a typed error that says what to do, and nothing changed."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from small import backward, differences, net, snapshot, train
+from torch import nn
+
+from hyperopt import SGD, Adam, Hyper, Interval, Real
+
+CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
+
+
+def trained(tower=CHAIN, groups=1, steps=3, model=None):
+    model = model or net()
+    params = list(model.parameters())
+    optimizer = tower.bind([{"params": params[i::groups]} for i in range(groups)])
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def assert_goes_on_as(model, optimizer, twin, other):
+    """Nothing was changed, also nothing that only the next steps would show."""
+    assert differences(snapshot(model, optimizer), snapshot(twin, other)) == []
+    assert len(optimizer.param_groups) == len(other.param_groups)
+    train(model, optimizer, range(20, 23))
+    train(twin, other, range(20, 23))
+    assert differences(snapshot(model, optimizer), snapshot(twin, other)) == []
+    assert differences(optimizer.hyperparameters(), other.hyperparameters()) == []
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (lambda p: [], ValueError, "empty parameter list"),
+        (lambda p: iter([]), ValueError, "empty parameter list"),
+        (lambda p: [{"params": []}], ValueError, "empty parameter list.*give at least one tensor"),
+        (lambda p: [{"params": [p]}, {"params": []}], ValueError, "empty parameter list.*give at least one tensor"),
+        (lambda p: [p, p], ValueError, "same parameter twice: give each tensor once"),
+        (lambda p: [{"params": [p, p]}], ValueError, "same parameter twice: give each tensor once"),
+        (lambda p: [("a", p), ("b", p)], ValueError, "same parameter twice"),
+        (lambda p: [{"params": [p]}, {"params": [p]}], ValueError, "more than one parameter group"),
+        (lambda p: [{"params": [p], "momentum": 0.9}], ValueError, "unknown entry 'momentum': Adam has lr, beta1, beta2"),
+        (lambda p: [{"params": [p], "learning_rate": 0.9}], ValueError, "unknown entry 'learning_rate': Adam has lr"),
+        (lambda p: [{"params": [p], "lr": -1.0}], ValueError, "lr = -1.0 is outside its domain .*give at least 0"),
+        (lambda p: [{"params": [p], "beta1": 1.5}], ValueError, "beta1 = 1.5 is outside its domain .*give between 0 and 1"),
+        (lambda p: [{"params": [p], "betas": (0.9, 7.0)}], ValueError, "beta2 = 7.0 is outside its domain"),
+        (lambda p: [{"params": [p], "lr": 0.0}], ValueError, "lr = 0.0 of Adam cannot be learned"),
+        (lambda p: [{"params": [p], "lr": "fast"}], TypeError, "lr must be a number, got 'fast'"),
+        (lambda p: [{"params": [p], "lr": True}], TypeError, "lr must be a number, got True"),
+        (lambda p: [{"lr": 1e-3}], (ValueError, KeyError), "params"),
+        (lambda p: p, TypeError, "iterable of Tensors"),
+        (lambda p: [1.0], TypeError, "Tensor"),
+        (lambda p: [{"params": {p, nn.Parameter(torch.ones(3))}}], TypeError, "ordered"),
+        (lambda p: [nn.Parameter(torch.ones(2, dtype=torch.complex64))], TypeError, "complex64.*real floating-point"),
+        (lambda p: [p, nn.Parameter(torch.ones(2, dtype=torch.complex64))], TypeError, "complex64.*real floating-point"),
+        (lambda p: [p, nn.Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False)], TypeError, "int32.*real floating-point"),
+        (lambda p: [p * 2], ValueError, "non-leaf"),
+    ],
+)
+def test_bad_parameters(params, error, message):
+    with pytest.raises(error, match=message):
+        CHAIN.bind(params(nn.Parameter(torch.ones(2))))
+
+
+def test_values_on_other_domains_are_checked_per_group():
+    w = nn.Parameter(torch.ones(2))
+    narrow = Hyper(SGD, lr=0.01, domains={"lr": Interval(1e-3, 0.1)}).stack(SGD)
+    with pytest.raises(ValueError, match=r"lr = 0.5 is outside its domain Interval\(low=0.001, high=0.1\): give between 0.001 and 0.1"):
+        narrow.bind([{"params": [w], "lr": 0.5}])
+    assert float(Hyper(SGD, domains={"lr": Real()}).stack(SGD).bind([{"params": [w], "lr": 0.5}]).param_groups[0]["lr"]) == 0.5
+
+
+BAD_GROUPS = [
+    (lambda model: {"params": []}, ValueError),
+    (lambda model: {"params": list(model.parameters())[:1]}, ValueError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2))] * 2}, ValueError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2))], "momentum": 0.9}, ValueError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2))], "lr": -1.0}, ValueError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, ValueError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2))], "lr": "fast"}, TypeError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, TypeError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2)), 3.0]}, TypeError),
+    (lambda model: {"params": [nn.Parameter(torch.ones(2)) * 2]}, ValueError),
+]
+
+
+@pytest.mark.parametrize(("group", "error"), BAD_GROUPS, ids=range(len(BAD_GROUPS)))
+def test_a_failing_add_param_group_leaves_the_optimizer_as_it_was(group, error):
+    model, optimizer = trained()
+    twin, other = copy.deepcopy((model, optimizer))
+    given = group(model)
+    kept = copy.copy(given)
+    with pytest.raises(error):
+        optimizer.add_param_group(given)
+    assert given.keys() == kept.keys()
+    assert_goes_on_as(model, optimizer, twin, other)
+    good = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [good]})
+    good.grad = torch.ones(2)
+    optimizer.step()
+    assert float(good.detach().max()) < 1
+
+
+def test_add_param_group_does_not_change_the_dict_it_is_given():
+    group = {"params": [nn.Parameter(torch.ones(2))], "betas": (0.5, 0.6)}
+    Hyper(Adam).bind([group])
+    assert group.keys() == {"params", "betas"}
+    assert group["betas"] == (0.5, 0.6)
+
+
+# ---- gradients
+
+
+def sparse_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("tower", [Hyper(SGD), CHAIN], ids=str)
+def test_a_sparse_gradient_raises_and_changes_nothing(tower, after, groups):
+    model = sparse_model()
+    params = list(model.parameters())
+    optimizer = tower.bind([{"params": params[i::groups]} for i in range(groups)])
+
+    def fill(dense):
+        optimizer.zero_grad()
+        model(torch.tensor([1, 2, 2])).square().sum().backward()
+        if dense:
+            params[0].grad = params[0].grad.to_dense()
+
+    for _ in range(after):
+        fill(dense=True)
+        optimizer.step()
+    fill(dense=False)
+    before, calls = snapshot(model, optimizer), optimizer.skipped
+    with pytest.raises(TypeError, match=r"shape \(5, 4\) has a sparse gradient.*make it dense \(nn.Embedding\(sparse=False\)\)"):
+        optimizer.step()
+    assert differences(before, snapshot(model, optimizer)) == []
+    assert optimizer.skipped == calls
+    fill(dense=True)
+    optimizer.step()
+    assert differences(before, snapshot(model, optimizer)) != []
+
+
+def test_an_error_in_a_closure_changes_nothing():
+    model, optimizer = trained()
+    twin, other = copy.deepcopy((model, optimizer))
+
+    def closure():
+        raise KeyError("data")
+
+    with pytest.raises(KeyError, match="data"):
+        optimizer.step(closure)
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, 2)])
+def test_an_assigned_tensor_of_another_shape_raises_and_changes_nothing(value):
+    model, optimizer = trained(groups=2)
+    twin, other = copy.deepcopy((model, optimizer))
+    good = optimizer.param_groups[1]["lr"]
+    optimizer.param_groups[1]["lr"] = value
+    backward(model, 9)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"lr|shape"):
+        optimizer.step()
+    optimizer.param_groups[1]["lr"] = good
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+# ---- checkpoints
+
+
+def wider():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def deeper():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+
+
+def saved_by_torch(kind, **values):
+    model = net()
+    optimizer = kind(model.parameters(), **values)
+    train(model, optimizer, range(3))
+    return optimizer.state_dict()
+
+
+def cut(state_dict, *path):
+    """A checkpoint without one of its entries."""
+    state_dict = copy.deepcopy(state_dict)
+    inner = state_dict
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return state_dict
+
+
+OTHER_TOWERS = [
+    Hyper(Adam),
+    Hyper(Adam).stack(Adam),
+    Hyper(Adam).stack(Adam).stack(Adam),
+    Hyper(Adam).stack(Adam).stack(SGD).stack(SGD),
+    Hyper(SGD).stack(Adam).stack(SGD),
+    Hyper(Adam, learn=("lr", "beta1")).stack(Adam).stack(SGD),
+    Hyper(Adam, learn="beta1").stack(Adam).stack(SGD),
+    Hyper(Adam).stack(lr=Hyper(Adam).stack(SGD), beta1=SGD),
+    Hyper(Adam, per="tensor").stack(Adam).stack(SGD),
+    Hyper(Adam, horizon=1).stack(Adam).stack(SGD),
+    Hyper(Adam, domains={"lr": Real()}).stack(Adam).stack(SGD),
+    Hyper(Adam, decoupled=True).stack(Adam).stack(SGD),
+    Hyper(Adam).stack(Adam, learn=("lr", "beta1")).stack(SGD),
+]
+CHECKPOINTS = {
+    "torch Adam": (lambda: saved_by_torch(torch.optim.Adam), "not one of a HyperOptimizer"),
+    "torch SGD": (lambda: saved_by_torch(torch.optim.SGD, momentum=0.9), "not one of a HyperOptimizer"),
+    "two groups": (lambda: trained(groups=2)[1].state_dict(), "has 2 parameter groups and this optimizer 1: bind the same groups"),
+    "other widths": (lambda: trained(model=wider())[1].state_dict(), r"shape \(6, 4\) for a parameter of shape \(5, 4\)"),
+    "more parameters": (lambda: trained(model=deeper())[1].state_dict(), "has 6 parameters and this one 4"),
+    "nothing": (dict, "parameter groups"),
+    "no groups": (lambda: {"state": {}, "param_groups": []}, "has 0 parameter groups and this optimizer 1"),
+    "no state": (lambda: cut(trained()[1].state_dict(), "state"), "state"),
+} | {str(tower): (lambda tower=tower: trained(tower)[1].state_dict(), "is of another tower: .*; this one is") for tower in OTHER_TOWERS}
+
+
+@pytest.mark.parametrize(("checkpoint", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_of_something_else_raises_and_changes_nothing(checkpoint, message):
+    model, optimizer = trained()
+    given = checkpoint()
+    twin, other = copy.deepcopy((model, optimizer))
+    with pytest.raises((ValueError, KeyError), match=message):
+        optimizer.load_state_dict(given)
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+def test_a_checkpoint_without_a_step_is_checked_too():
+    # Nothing in it is shaped like a parameter, and yet its vector of learning rates belongs to another model.
+    tower = Hyper(SGD, per="coordinate").stack(SGD)
+    model, optimizer = trained(tower)
+    given = trained(tower, steps=0, model=wider())[1].state_dict()
+    twin, other = copy.deepcopy((model, optimizer))
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.load_state_dict(given)
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+def test_a_height_0_checkpoint_of_torch_raises_too():
+    model, optimizer = trained(Hyper(Adam))
+    twin, other = copy.deepcopy((model, optimizer))
+    with pytest.raises(ValueError, match="not one of a HyperOptimizer"):
+        optimizer.load_state_dict(saved_by_torch(torch.optim.Adam))
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+def test_loading_with_other_values_but_the_same_tower_is_no_error():
+    _, optimizer = trained()
+    again = Hyper(Adam, lr=0.3, betas=(0.5, 0.6)).stack(Adam, lr=0.7).stack(SGD, lr=0.2).bind(net().parameters())
+    again.load_state_dict(optimizer.state_dict())
+    assert differences(again.hyperparameters(), optimizer.hyperparameters()) == []
+
+
+def test_the_pre_hooks_of_loading_are_given_back():
+    model, optimizer = trained()
+    before = len(optimizer._optimizer_load_state_dict_pre_hooks)
+    for given in ({}, copy.deepcopy(optimizer.state_dict())):
+        with contextlib.suppress(ValueError, KeyError):
+            optimizer.load_state_dict(given)
+        assert len(optimizer._optimizer_load_state_dict_pre_hooks) == before
+    train(model, optimizer, range(3, 5))

@@ -1,0 +1,533 @@
+"""Guards: numbers that are not finite change nothing that counts and never freeze training; trust ratios hold at every level."""
+
+import copy
+import math
+
+import pytest
+import torch
+from small import backward, differences, loss_at, net, snapshot, train
+from torch import nn
+
+from hyperopt import SGD, Adam, AdamW, Hyper, Positive, guards
+from hyperopt.tower import TRUST, TRUST_ABOVE
+
+CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
+ALL = Hyper(Adam, lr=1e-3, learn="all").stack(Adam)
+TREE = Hyper(Adam, lr=1e-3).stack(lr=Hyper(Adam).stack(SGD), beta1=Hyper(SGD, lr=0.1))
+GRAPH = Hyper(Adam, lr=1e-3, horizon=1, strategy="graph").stack(Hyper(SGD, lr=0.1, horizon=1, strategy="graph").stack(SGD))
+MIXED = Hyper(SGD, lr=1e-3, momentum=0.9, learn="all").stack(Adam)
+TOWERS = {"height 0": Hyper(Adam), "chain": CHAIN, "all": ALL, "tree": TREE, "graph": GRAPH, "momentum": MIXED}
+BAD = [math.nan, math.inf, -math.inf]
+
+
+def bound(tower, dtype=torch.float32, groups=1):
+    model = net(dtype)
+    params = list(model.parameters())
+    return model, tower.bind([{"params": params[i::groups]} for i in range(groups)])
+
+
+def spoil(model, step, value, tensor=0):
+    """Gradients of a step, with one element of one tensor that is not finite."""
+    backward(model, step)
+    list(model.parameters())[tensor].grad.view(-1)[-1] = value
+
+
+def values(optimizer, label="0.lr"):
+    return float(optimizer.hyperparameters()[label])
+
+
+def without_counts(state):
+    for group in state["groups"]:
+        group["tower"] = group["tower"]["nodes"]
+    return state
+
+
+# ---- gradients that are not finite
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
+def test_a_bad_gradient_changes_nothing(tower, groups, value):
+    model, optimizer = bound(tower, groups=groups)
+    train(model, optimizer, range(4))
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
+    before, seen = without_counts(snapshot(model, optimizer)), optimizer.hyperparameters()
+    for i, tensor in enumerate((0, 3)):
+        spoil(model, 4, value, tensor)
+        grads = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        assert optimizer.skipped == {"gradients": i + 1, "hypergradients": 0}
+        assert differences(grads, [p.grad for p in model.parameters()]) == []
+    assert differences(before, without_counts(snapshot(model, optimizer))) == []
+    assert differences(seen, optimizer.hyperparameters()) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
+def test_training_is_as_if_the_bad_step_had_not_been(tower, groups, at):
+    (model, optimizer), (twin, other) = (bound(tower, groups=groups) for _ in range(2))
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, range(at))
+    spoil(model, 99, math.nan)
+    optimizer.step()
+    assert differences([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()]) == []
+    assert differences(optimizer.hyperparameters(), other.hyperparameters()) == []
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, range(at, at + 4))
+    assert differences(without_counts(snapshot(model, optimizer)), without_counts(snapshot(twin, other))) == []
+    assert optimizer.skipped["gradients"] == 1
+
+
+def test_a_bad_step_leaves_a_pending_assignment_to_the_next():
+    (model, optimizer), (twin, other) = (bound(CHAIN) for _ in range(2))
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, range(3))
+        o.param_groups[0]["lr"] = 0.0078125
+    spoil(model, 99, math.nan)
+    optimizer.step()
+    assert values(optimizer) == 0.0078125
+    train(model, optimizer, range(3, 4))
+    train(twin, other, range(3, 4))
+    assert values(optimizer) == values(other) == 0.0078125
+    assert differences([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_bad_gradient_in_other_dtypes(dtype):
+    model, optimizer = bound(CHAIN, dtype)
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01 * (step + 1))
+        optimizer.step()
+    before = without_counts(snapshot(model, optimizer))
+    model[0].weight.grad[0, 0] = math.inf
+    optimizer.step()
+    assert optimizer.skipped["gradients"] == 1
+    assert differences(before, without_counts(snapshot(model, optimizer))) == []
+
+
+def test_large_finite_half_precision_gradients_are_not_skipped():
+    # Their sum overflows float16, and must not be taken in it.
+    w = nn.Parameter(torch.ones(64, dtype=torch.float16))
+    optimizer = CHAIN.bind([w])
+    w.grad = torch.full_like(w, 3e4)
+    optimizer.step()
+    assert optimizer.skipped["gradients"] == 0
+    assert float(w.detach().max()) < 1
+
+
+@pytest.mark.parametrize("size", [3, 2**18 + 1])
+def test_a_bad_gradient_in_a_large_tensor(size):
+    w = nn.Parameter(torch.ones(size))
+    optimizer = CHAIN.bind([w])
+    for _ in range(3):
+        w.grad = w.detach() * 2
+        optimizer.step()
+    before = w.detach().clone()
+    w.grad = w.detach() * 2
+    w.grad[-1] = math.nan
+    optimizer.step()
+    assert torch.equal(w, before)
+    assert optimizer.skipped["gradients"] == 1
+
+
+# ---- hypergradients and tangents that are not finite
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("name", ["lr", "beta1"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_bad_tangent_is_left_out_counted_and_started_again(name, groups, value):
+    tower = Hyper(Adam, lr=1e-3, learn=("lr", "beta1")).stack(Adam)
+    model, optimizer = bound(tower, torch.float64, groups)
+    train(model, optimizer, range(4))
+    before = optimizer.hyperparameters()
+    old = [p.detach().clone() for p in model.parameters()]
+    optimizer.state[model[0].weight][f"Z.{name}"][0, 0] = value
+    train(model, optimizer, range(4, 5))
+    label = "[0]" if groups == 2 else ""
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 1}
+    for key in (f"0.lr{label}", f"0.beta1{label}"):
+        # One node learns both: it does not step on half a hypergradient.
+        assert float(optimizer.hyperparameters()[key]) == pytest.approx(float(before[key]), rel=1e-12)
+    if groups == 2:
+        assert float(optimizer.hyperparameters()["0.lr[1]"]) != pytest.approx(float(before["0.lr[1]"]), rel=1e-6)
+    assert all(not torch.equal(p, x) for p, x in zip(model.parameters(), old, strict=True))
+    assert all(tensor.isfinite().all() for record in optimizer.state.values() for tensor in record.values())
+    train(model, optimizer, range(5, 8))
+    for key in (f"0.lr{label}", f"0.beta1{label}"):
+        assert float(optimizer.hyperparameters()[key]) != pytest.approx(float(before[key]), rel=1e-6)
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 1}
+    assert all(value.isfinite() for value in optimizer.hyperparameters().values())
+
+
+@pytest.mark.parametrize("tower", [Hyper(SGD, lr=0.125).stack(Adam), Hyper(SGD, lr=0.125, learn="all").stack(Adam)], ids=str)
+def test_the_weights_step_with_the_hyperparameters_as_they_are(tower):
+    model, optimizer = bound(tower, torch.float64)
+    train(model, optimizer, range(4))
+    lr = optimizer.hyperparameters()["0.lr"]
+    old = [p.detach().clone() for p in model.parameters()]
+    optimizer.state[model[0].weight]["Z.lr"].fill_(math.nan)
+    backward(model, 4)
+    optimizer.step()
+    for p, x in zip(model.parameters(), old, strict=True):
+        assert torch.allclose(p, x - lr * p.grad, rtol=1e-12)
+
+
+def test_the_tangent_starts_again_from_zero():
+    model, optimizer = bound(Hyper(SGD, lr=0.125, horizon=math.inf, trust=None).stack(SGD, lr=1e-9), torch.float64)
+    train(model, optimizer, range(4))
+    old = [p.detach().clone() for p in model.parameters()]
+    carried = optimizer.state[model[2].weight]["Z.lr"].clone()
+    optimizer.state[model[0].weight]["Z.lr"][0, 0] = math.inf
+    train(model, optimizer, range(4, 5))
+    for p, x in zip(model.parameters(), old, strict=True):
+        assert torch.allclose(optimizer.state[p]["Z.lr"], p.detach() - x, rtol=1e-9, atol=1e-15)
+    assert not torch.allclose(carried, optimizer.state[model[2].weight]["Z.lr"], rtol=0.1)
+
+
+@pytest.mark.parametrize("tower", [ALL, MIXED], ids=str)
+def test_a_bad_tangent_of_a_state_does_not_freeze_training(tower):
+    model, optimizer = bound(tower, torch.float64)
+    train(model, optimizer, range(4))
+    state = next(key for key in optimizer.state[model[0].weight] if key.count(".") == 2)
+    optimizer.state[model[0].weight][state].fill_(math.nan)
+    before = optimizer.hyperparameters()
+    train(model, optimizer, range(4, 9))
+    assert all(tensor.isfinite().all() for record in optimizer.state.values() for tensor in record.values())
+    for name in tower.learned:
+        assert float(optimizer.hyperparameters()[f"0.{name}"]) != pytest.approx(float(before[f"0.{name}"]), rel=1e-9)
+
+
+def test_an_upper_level_with_a_bad_tangent_lets_the_levels_below_learn():
+    model, optimizer = bound(CHAIN, torch.float64)
+    train(model, optimizer, range(5))
+    record = optimizer.param_groups[0]["tower"]["nodes"]["1"]
+    (key,) = (k for k in record if k.endswith("Z.lr"))
+    record[key].fill_(math.nan)
+    before = optimizer.hyperparameters()
+    train(model, optimizer, range(5, 6))
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 1}
+    assert values(optimizer, "1.lr") == pytest.approx(float(before["1.lr"]), rel=1e-12)
+    assert values(optimizer) != pytest.approx(float(before["0.lr"]), rel=1e-6)
+    train(model, optimizer, range(6, 9))
+    assert values(optimizer, "1.lr") != pytest.approx(float(before["1.lr"]), rel=1e-6)
+    assert optimizer.skipped["hypergradients"] == 1
+
+
+def test_a_hypergradient_that_overflows_is_left_out():
+    w = nn.Parameter(torch.full((4,), 1e25))
+    optimizer = Hyper(SGD, lr=1e-3, trust=None).stack(SGD).bind([w])
+    for _ in range(4):
+        w.grad = torch.full_like(w, 1e25)
+        optimizer.step()
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 3}
+    assert values(optimizer) == pytest.approx(1e-3, rel=1e-6)
+    assert float(w.detach().max()) == pytest.approx(1e25 - 4e22, rel=1e-6)
+    for _ in range(4):
+        w.grad = torch.full_like(w, 1.0)
+        optimizer.step()
+    # The tangent of the overflowing steps is gone; learning goes on.
+    assert values(optimizer) > 1e-3
+
+
+def test_the_graph_recovers_from_a_hypergradient_that_is_not_finite():
+    w = nn.Parameter(torch.full((4,), 1e25))
+    optimizer = Hyper(SGD, lr=1e-3, trust=None, horizon=1, strategy="graph").stack(SGD).bind([w])
+    for g in (1e25, 1e25, 1.0, 1.0, 1.0):
+        w.grad = torch.full_like(w, g)
+        optimizer.step()
+    assert optimizer.skipped["hypergradients"] == 1
+    assert values(optimizer) > 1e-3
+    assert w.isfinite().all()
+
+
+def test_v_of_zero_gives_finite_tangents():
+    # A pixel that is always black: its gradient is 0 from the first step on.
+    w = nn.Parameter(torch.ones(3))
+    optimizer = ALL.bind([w])
+    for _ in range(5):
+        w.grad = torch.tensor([0.0, 1.0, 0.0]) * w.detach()
+        optimizer.step()
+    assert all(tensor.isfinite().all() for tensor in optimizer.state[w].values())
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
+    assert values(optimizer) > 1e-3
+
+
+@pytest.mark.parametrize("tower", [CHAIN, ALL, MIXED, TREE], ids=str)
+def test_gradients_of_zero_keep_everything_finite(tower):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = tower.bind([w])
+    for g in (0.0, 0.0, 1.0, 0.0, 0.0):
+        w.grad = torch.full_like(w, g)
+        optimizer.step()
+    assert all(tensor.isfinite().all() for tensor in optimizer.state[w].values())
+    assert all(value.isfinite() for value in optimizer.hyperparameters().values())
+    assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
+
+
+# ---- trust at level 0
+
+
+def relative_changes(model, optimizer, steps):
+    for step in steps:
+        old = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+        train(model, optimizer, range(step, step + 1))
+        new = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        yield float((new - old).norm() / old.norm())
+
+
+TRUSTED = {
+    "displacement": {"rule": Adam},
+    "tangents": {"rule": Adam, "learn": "all"},
+    "graph": {"rule": Adam, "horizon": 1, "strategy": "graph"},
+    "momentum": {"rule": SGD, "momentum": 0.9},
+    "coupled": {"rule": SGD, "weight_decay": 0.1},
+    "decoupled": {"rule": AdamW, "weight_decay": 0.1},
+    "per tensor": {"rule": Adam, "per": "tensor"},
+    "per coordinate": {"rule": SGD, "per": "coordinate"},
+}
+
+
+@pytest.mark.parametrize("trust", [0.1, 0.01])
+@pytest.mark.parametrize("options", TRUSTED.values(), ids=TRUSTED)
+def test_the_relative_change_of_the_weights_never_exceeds_trust(options, trust):
+    model, optimizer = bound(Hyper(**options, lr=1e2, trust=trust).stack(SGD), torch.float64)
+    changes = list(relative_changes(model, optimizer, range(8)))
+    assert max(changes) <= trust * (1 + 1e-9)
+    assert changes[0] == pytest.approx(trust, rel=1e-6)
+    assert optimizer.hyperparameters()["0.lr"].max() < 1e2
+
+
+def test_the_projected_lr_is_the_one_that_was_used():
+    model, optimizer = bound(Hyper(SGD, lr=1e2, trust=0.05).stack(SGD, lr=1e-9), torch.float64)
+    old = [p.detach().clone() for p in model.parameters()]
+    backward(model, 0)
+    optimizer.step()
+    lr = values(optimizer)
+    assert lr < 10
+    for p, x in zip(model.parameters(), old, strict=True):
+        assert torch.allclose(p, x - lr * p.grad, rtol=1e-9)
+        # Z' is taken at the projected value: taking it before ruins the hypergradient.
+        assert torch.allclose(optimizer.state[p]["Z.lr"], p.detach() - x, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [Adam, SGD])
+def test_tangents_are_taken_at_the_projected_value_too(rule):
+    options = {"lr": 1e2, "trust": 0.05, "horizon": 5}
+    (model, optimizer), (twin, other) = (
+        bound(Hyper(rule, learn=learn, **options).stack(SGD, lr=1e-12), torch.float64) for learn in ("lr", "all")
+    )
+    train(model, optimizer, range(4))
+    train(twin, other, range(4))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9)
+        assert torch.allclose(optimizer.state[p]["Z.lr"], other.state[q]["Z.lr"], rtol=1e-7, atol=1e-12)
+
+
+def test_a_start_that_is_far_too_high_trains():
+    model, optimizer = bound(Hyper(Adam, lr=1e2).stack(Adam))
+    before = float(loss_at(model, 0).detach())
+    train(model, optimizer, range(300))
+    assert float(loss_at(model, 0).detach()) < 0.3 * before
+
+
+def test_trust_none_switches_off():
+    model, optimizer = bound(Hyper(Adam, lr=10.0, trust=None).stack(SGD), torch.float64)
+    assert next(relative_changes(model, optimizer, range(1))) > 5
+
+
+@pytest.mark.parametrize("tower", [Hyper(Adam, lr=10.0), Hyper(Adam, lr=10.0, learn="beta1").stack(SGD, lr=1e-30)], ids=str)
+def test_trust_is_inactive_where_lr_is_not_learned(tower):
+    (model, optimizer), twin = bound(tower, torch.float64), net(torch.float64)
+    train(model, optimizer, range(3))
+    train(twin, torch.optim.Adam(twin.parameters(), lr=10.0), range(3))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [Adam, SGD])
+@pytest.mark.parametrize("lr", [1e-3, 1e2])
+def test_a_zero_initialised_group_can_start(rule, lr):
+    w = nn.Parameter(torch.zeros(50))
+    target = torch.linspace(-1, 1, 50)
+    optimizer = Hyper(rule, lr=lr).stack(Adam).bind([w])
+    for step in range(200):
+        optimizer.zero_grad()
+        (w - target).square().sum().backward()
+        optimizer.step()
+        if step == 0:
+            assert 0 < float(w.detach().norm()) <= TRUST * 0.01 * 50**0.5 * (1 + 1e-5)
+    assert float((w.detach() - target).norm() / target.norm()) < 0.2
+
+
+def test_each_group_has_a_trust_of_its_own():
+    big, small = nn.Parameter(torch.full((4,), 100.0)), nn.Parameter(torch.full((4,), 1.0))
+    optimizer = Hyper(SGD, lr=1.0, trust=0.1).stack(SGD).bind([{"params": [big]}, {"params": [small]}])
+    big.grad, small.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    assert torch.allclose(big, torch.full((4,), 99.0))
+    assert torch.allclose(small, torch.full((4,), 0.9))
+
+
+@pytest.mark.parametrize("g", [1e-30, 1e18, 1e30])
+def test_extreme_gradients_leave_finite_numbers(g):
+    w = nn.Parameter(torch.ones(4))
+    optimizer = Hyper(SGD, lr=1e-3).stack(Adam).bind([w])
+    for _ in range(3):
+        w.grad = torch.full_like(w, g)
+        optimizer.step()
+    assert w.isfinite().all()
+    assert all(value.isfinite() for value in optimizer.hyperparameters().values())
+    w.grad = torch.ones_like(w)
+    before = w.detach().clone()
+    optimizer.step()
+    assert w.isfinite().all()
+    assert float((w.detach() - before).norm() / before.norm()) <= TRUST * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("tower", [Hyper(Adam), Hyper(Adam, trust=None).stack(Adam), Hyper(Adam).stack(Adam)], ids=str)
+def test_squares_that_overflow_stop_a_coordinate_as_in_torch_and_make_no_nan(tower):
+    # 1e20 is finite and its square is not: torch's second moment stays infinite, and the coordinate rests.
+    w, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer, reference = tower.bind([w]), torch.optim.Adam([q])
+    for g in (1.0, 1e20, 1e20, 1.0, 1.0):
+        for p, o in ((w, optimizer), (q, reference)):
+            p.grad = torch.tensor([g, 1.0])
+            o.step()
+        assert q.isfinite().all()
+        assert w.isfinite().all(), g
+    assert all(value.isfinite() for value in optimizer.hyperparameters().values())
+
+
+# ---- trust above level 0
+
+
+def raw_moves(model, optimizer, steps, domains):
+    """The largest change of each raw value in each step."""
+    raw = None
+    for step in steps:
+        train(model, optimizer, range(step, step + 1))
+        now = {key: domain.raw(optimizer.hyperparameters()[key]) for key, domain in domains.items()}
+        if raw is not None:
+            yield {key: float((now[key] - raw[key]).abs().max()) for key in now}
+        raw = now
+
+
+@pytest.mark.parametrize("strategy", ["tangents", "graph"])
+@pytest.mark.parametrize("top", [SGD, Adam])
+@pytest.mark.parametrize("height", [1, 2, 3])
+def test_a_raw_value_moves_by_at_most_trust_in_a_step(height, top, strategy):
+    options = {"horizon": 1, "strategy": strategy} if strategy == "graph" else {}
+    tower = Hyper(SGD, lr=1e-3, trust=None, **options)
+    for _ in range(height - 1):
+        tower = tower.stack(SGD, lr=1e-3, trust=None, **options)
+    model, optimizer = bound(tower.stack(top, lr=1e30), torch.float64)
+    moved = f"{height - 1}.lr"
+    seen = [move[moved] for move in raw_moves(model, optimizer, range(height + 3), {moved: Positive()})]
+    # The bound is met, and so it is the guard that holds it.
+    assert max(seen) == pytest.approx(TRUST_ABOVE, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"horizon": 1, "strategy": "graph"}], ids=["tangents", "graph"])
+def test_level_0_is_never_moved_by_more_than_trust_whoever_is_wild_above(options):
+    tower = Hyper(Adam, lr=1e-3, trust=None, **options).stack(Adam, lr=1e4, **options).stack(Adam, lr=1e4, **options).stack(Adam, lr=1e4)
+    model, optimizer = bound(tower, torch.float64)
+    seen = [move["0.lr"] for move in raw_moves(model, optimizer, range(12), {"0.lr": Positive()})]
+    assert max(seen) <= TRUST_ABOVE * (1 + 1e-9)
+    assert seen[0] == pytest.approx(TRUST_ABOVE, rel=1e-6)
+
+
+def test_the_level_that_is_projected_keeps_the_lr_it_used():
+    model, optimizer = bound(Hyper(SGD, lr=1e-2, horizon=1, trust=None).stack(SGD, lr=1e4).stack(SGD, lr=1e-12), torch.float64)
+    train(model, optimizer, range(1))
+    before = values(optimizer)
+    train(model, optimizer, range(1, 2))
+    q = float(optimizer.hypergradients()["0.lr"])
+    assert abs(math.log(values(optimizer) / before)) == pytest.approx(TRUST_ABOVE, rel=1e-9)
+    assert values(optimizer, "1.lr") == pytest.approx(TRUST_ABOVE / abs(q), rel=1e-9)
+
+
+def test_trust_above_is_absolute_and_can_be_set_or_switched_off():
+    moves = {}
+    for trust in (0.125, None):
+        model, optimizer = bound(Hyper(SGD, lr=1e-6, trust=None).stack(Adam, lr=3.0, trust=trust), torch.float64)
+        moves[trust] = max(move["0.lr"] for move in raw_moves(model, optimizer, range(4), {"0.lr": Positive()}))
+    assert moves[0.125] == pytest.approx(0.125, rel=1e-9)
+    assert moves[None] > 2
+
+
+def test_each_branch_of_a_tree_has_its_own_trust():
+    tower = Hyper(Adam, lr=1e-3, trust=None).stack(lr=Hyper(Adam, lr=10.0, trust=0.25), beta1=Hyper(Adam, lr=10.0))
+    model, optimizer = bound(tower, torch.float64)
+    domains = {"0.lr": tower.domain("lr"), "0.beta1": tower.domain("beta1")}
+    seen = list(raw_moves(model, optimizer, range(4), domains))
+    assert max(move["0.lr"] for move in seen) == pytest.approx(0.25, rel=1e-6)
+    assert max(move["0.beta1"] for move in seen) == pytest.approx(TRUST_ABOVE, rel=1e-6)
+
+
+def test_the_structure_of_a_checkpoint_grows_with_the_height_and_not_faster():
+    lengths = [len(Hyper.parse(" / ".join(["Adam"] * n)).structure()) for n in (3, 6, 12)]
+    assert lengths[2] - lengths[1] < 3 * (lengths[1] - lengths[0])
+
+
+@pytest.mark.parametrize("height", [1, 3, 30])
+def test_towers_of_adam_stay_finite(height):
+    tower = Hyper(Adam)
+    for level in range(height):
+        tower = tower.stack(Adam)
+        assert len(tower.structure()) < 1000 * (level + 2)  # a text that doubles with every level fills the memory at 30
+    model, optimizer = bound(tower)
+    train(model, optimizer, range(40))
+    assert all(value.isfinite() for value in optimizer.hyperparameters().values())
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert values(optimizer) != pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("signs", [[1, 1, 1], [1, -1, 1]], ids=["up", "down"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_raw_values_stop_where_their_values_would_leave_the_domain(dtype, signs):
+    # A level above that is let loose takes lr and momentum to the ends of their domains in one step, and never out of them.
+    tower = Hyper(SGD, lr=1e-3, momentum=0.9, learn=("lr", "momentum"), trust=None).stack(SGD, lr=1e9, trust=1e9)
+    w = nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer = tower.bind([w])
+    for sign in signs:
+        w.grad = torch.full_like(w, sign)
+        optimizer.step()
+    lr, momentum = (optimizer.hyperparameters()[f"0.{name}"] for name in ("lr", "momentum"))
+    assert 0 < float(lr) < math.inf
+    assert 0 < momentum < 1
+    assert float(lr) > 1e30 if signs[1] > 0 else float(lr) < 1e-30
+    assert abs(float(momentum) - 0.5) > 0.49
+    assert all(guards.finite([value], value) for value in (w.detach(), lr.log(), (momentum / (1 - momentum)).log()))
+
+
+# ---- the pieces
+
+
+def test_finite_sees_every_kind():
+    like = torch.zeros(())
+    good = [torch.ones(3), torch.full((2,), 1e30)]
+    assert float(guards.finite(good, like)) == 1
+    for bad in BAD:
+        assert float(guards.finite([*good, torch.tensor([0.0, bad])], like)) == 0
+    assert float(guards.finite([torch.tensor([math.inf, -math.inf])], like)) == 0
+
+
+def test_project_is_exact_where_nothing_is_scaled():
+    raw = torch.linspace(-80, 80, 161)
+    assert guards.project(Positive(), raw, torch.ones(())).equal(raw)
+
+
+def test_a_copy_of_a_guarded_run_is_guarded():
+    model, optimizer = bound(CHAIN)
+    train(model, optimizer, range(3))
+    fresh, again = copy.deepcopy((model, optimizer))
+    before = [p.detach().clone() for p in fresh.parameters()]
+    spoil(fresh, 3, math.nan)
+    again.step()
+    assert differences(before, [p.detach() for p in fresh.parameters()]) == []
+    assert again.skipped["gradients"] == 1
+    assert optimizer.skipped["gradients"] == 0

@@ -1,0 +1,68 @@
+"""Every rule against torch.optim, alone and held by a level above that moves nothing."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hyperopt import SGD, Hyper
+
+STEPS = 50
+PRECISION = {torch.float32: 1e-6, torch.float64: 1e-10}
+FLAT, MIXED = 2**18, 100  # from how many elements on a tensor is stepped where it is: none of them, or the two largest
+
+
+def alone(case):
+    return Hyper(case.rule)
+
+
+def lr_held(case):
+    return Hyper(case.rule, trust=None).stack(SGD, lr=1e-30)
+
+
+def all_held(case):
+    return Hyper(case.rule, learn=case.learnable, trust=None).stack(SGD, lr=1e-30)
+
+
+def held_by_graph(case):
+    return Hyper(case.rule, learn=case.learnable, trust=None, horizon=1, strategy="graph").stack(SGD, lr=1e-30)
+
+
+WAYS = [(alone, FLAT), (alone, MIXED), (lr_held, FLAT), (all_held, MIXED), (held_by_graph, MIXED)]
+
+
+def network(dtype):
+    """A convolution in channels_last, of which one input channel is always black, and two linear layers."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 5))
+    return model.to(dtype).to(memory_format=torch.channels_last)
+
+
+def train(model, optimizer, dtype):
+    batches = torch.Generator().manual_seed(2)
+    for _ in range(STEPS):
+        x = torch.rand(16, 3, 6, 6, generator=batches, dtype=dtype)
+        x[:, 1] = 0
+        y = torch.randint(5, (16,), generator=batches)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("tower", "large"), WAYS, ids=lambda way: getattr(way, "__name__", way))
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.torch], ids=lambda case: case.name)
+def test_equal_to_torch(case, dtype, tower, large, monkeypatch):
+    monkeypatch.setattr("hyperopt.group.LARGE", large)
+    start = network(dtype)
+    ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
+    assert not ours[0].weight.is_contiguous()
+    train(ours, tower(case).bind(ours.parameters()), dtype)
+    train(theirs, case.peer(theirs.parameters()), dtype)
+    p0, p, q = (torch.cat([w.detach().flatten() for w in model.parameters()]) for model in (start, ours, theirs))
+    assert (p - q).norm() <= PRECISION[dtype] * q.norm()
+    assert (q - p0).norm() > 0.1 * p0.norm(), "too little moved for the comparison to mean anything"
+    assert ours[0].weight.stride() == start[0].weight.stride()
