@@ -88,7 +88,8 @@ class Chunk:
 
     def spread(self, name: str, value: Tensor) -> Tensor:
         """A hyperparameter for every coordinate of this chunk, on its device and in its dtype."""
-        value = value.to(self.t)
+        if value.dtype != self.dtype or value.device != self.t.device:
+            value = value.to(self.t)
         return value[self.positions[name][0]] if name in self.positions else value
 
     def inner(self, name: str, g: Tensor, z: Tensor) -> Tensor:

@@ -65,11 +65,16 @@ class Group:
         learned = self.spec.learned if self.spec.above else ()
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
         self.zeros = self.tower["zeros"] = [name for name in zeros if not self.live[name].any()]
-        self.rule = _structure(self.spec.rule, self.live, self.zeros)
+        self.rule = _structure(self.spec.rule, self.zeros)
         self.root = self._node(self.spec, self.rule, 0, "", self.live, [])
         self.root.resets = self.tower["skipped"][1].clone()
         stepped = [p for p in self.params if "t" in self.state.get(p, {})]
-        parts = [[self.params[i] for i in part] for part in self.tower["chunks"]] if "chunks" in self.tower else self._parts(stepped)
+        if "chunks" in self.tower:
+            parts = [[self.params[i] for i in part] for part in self.tower["chunks"]]
+            # The checkpoint may be of a model whose tensors had other dtypes, or were on other devices.
+            parts = [sub for part in parts for sub in (self._parts(part) if len({(p.dtype, p.device) for p in part}) > 1 else [part])]
+        else:
+            parts = self._parts(stepped)
         self._partition([self._chunk(part) for part in parts])
 
     def _to(self, value: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ class Group:
             live[name] = record["h." + name] = record.get("h." + name, initial)
         limits = [domain.raw_limits(self.dtype) for _, value, domain in below for _ in range(value.numel())]
         low, high = (torch.tensor(ends, dtype=self.dtype, device=self.device) for ends in zip(*limits, strict=True))
-        rule = _structure(rule, live, [n for n, v in live.items() if n not in learned and not v.any()])
+        rule = _structure(rule, [n for n, v in live.items() if n not in learned and not v.any()])
         chunk = Chunk([record["x"]], [_Prefixed(record)], rule, positions, (low, high))
         return self._node(spec, rule, level, branch, live, [chunk])
 
@@ -153,10 +158,20 @@ class Group:
         for name in self.names:
             value, size = self.group[name], self._size(name)
             if not isinstance(value, Tensor):
-                check(f"param_groups[…][{name!r}]", value, self.spec.domain(name))
+                self._check_number(name, value)
             elif value.dim() and value.shape != (size,):
                 wanted = "one number" if size is None else f"one number, or a tensor of shape ({size},)"
                 raise ValueError(f"param_groups[…][{name!r}] was given a tensor of shape {tuple(value.shape)}: give {wanted}")
+
+    def _check_number(self, name: str, value: Any) -> None:
+        domain = self.spec.domain(name)
+        check(f"param_groups[…][{name!r}]", value, domain)
+        if value and self.spec.rule.declared()[name].domain.admits(value):
+            # What the rule itself refuses, such as a beta of 1; 0 only switches a part of the update off.
+            dataclasses.replace(self.spec.rule, **{name: value})
+        rounded = float(torch.tensor(value, dtype=self.dtype))
+        if domain.inside(value) and not domain.inside(rounded):
+            raise ValueError(f"{name} = {value!r} is {rounded:g} in {self.dtype}, on the bound of {domain!r}: give a value farther inside")
 
     def collect(self) -> list[Tensor]:
         """Choose the chunks that have a gradient and return their gradients, gathered."""
@@ -206,7 +221,7 @@ class Group:
             if name in self.zeros and bool(mine != 0):
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
                 self.zeros.remove(name)
-                self.rule = self.root.rule = _structure(self.spec.rule, self.live, self.zeros)
+                self.rule = self.root.rule = _structure(self.spec.rule, self.zeros)
                 self.root.strategy = _strategy(self.spec, self.rule)
                 for chunk in self.chunks:
                     chunk.extend(self.rule)
@@ -265,7 +280,7 @@ def _strategy(spec: Hyper, rule: Rule) -> Strategy:
     return Tangents(gamma(spec.horizon))
 
 
-def _structure(rule: Rule, live: Mapping[str, Tensor], zeros: Collection[str]) -> Rule:
-    """The rule with the values it is asked about when state is made: 0 only for what is left out of the update."""
-    values = {name: float(value.flatten()[0]) for name, value in live.items()}
-    return dataclasses.replace(rule, **{n: 0.0 if n in zeros else v or 0.5 for n, v in values.items()})
+def _structure(rule: Rule, zeros: Collection[str]) -> Rule:
+    """The rule as it is asked for its state: 0 for what is left out of the update, any other number for the rest."""
+    values = {name: rule.value(name) for name in rule.declared()}
+    return dataclasses.replace(rule, **{n: 0.0 if n in zeros else (v if isinstance(v, float) and v else 0.5) for n, v in values.items()})

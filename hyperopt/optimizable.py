@@ -113,19 +113,22 @@ class Optimizable:
 
     def values(self, raw: Raw, chunk: "Chunk") -> Values:
         """The hyperparameters as the rule sees them, spread over the coordinates of a chunk where they differ there."""
-        values = dict(self.live)
-        for name, r in raw.items():
-            values[name] = self.domains[name].value(r)
+
+        def value(name: str) -> Tensor:
+            if name not in self.live:
+                raise AttributeError(f"{type(self.rule).__name__} declares no hyperparameter {name!r}: it has {', '.join(self.live)}")
+            v = self.domains[name].value(raw[name]) if name in raw else self.live[name]
             if name in self._assigned:
                 a = self._assigned[name]
-                values[name] = torch.where(a.boundary, a.value, values[name] + a.shift)
+                v = torch.where(a.boundary, a.value, v + a.shift)
+            return chunk.spread(name, v)
 
         def one_minus(name: str) -> Tensor:
             if name in self._assigned:
-                return chunk.spread(name, complement(values[name]))
+                return complement(value(name))
             return chunk.spread(name, self.domains[name].complement(raw[name]) if name in raw else self.complements[name])
 
-        return Values({name: chunk.spread(name, v) for name, v in values.items()}, one_minus)
+        return Values(value, one_minus)
 
     def projects(self, raw: Raw) -> bool:
         """Whether lr is projected down where the step would be larger than trust allows."""

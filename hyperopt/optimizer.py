@@ -135,8 +135,7 @@ class HyperOptimizer(Optimizer):
         Raises:
             RuntimeError: with strategy="graph", whose autograd graph cannot be saved.
         """
-        if any(not g.saves() for g in self._groups()):
-            raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
+        self._check_saves()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,6 +164,7 @@ class HyperOptimizer(Optimizer):
         self._rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_saves()
         kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every")}
         return {**super().__getstate__(), **kept}
 
@@ -183,6 +183,10 @@ class HyperOptimizer(Optimizer):
 
     def _rebuild(self) -> None:
         self._bound = [Group(self.tower, group, self.state, compile=self.compile) for group in self.param_groups]
+
+    def _check_saves(self) -> None:
+        if any(not group.saves() for group in self._groups()):
+            raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
 
     def _named(self, of: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         out = {}

@@ -39,23 +39,25 @@ def hyper(default: float, domain: Domain, *, above: float | None = None) -> Any:
 class Values:
     """The hyperparameters of one update as attributes, and their complements without cancellation."""
 
-    def __init__(self, values: Mapping[str, Tensor], complement: Callable[[str], Tensor]) -> None:
-        self._values = values
+    def __init__(self, value: Callable[[str], Tensor], complement: Callable[[str], Tensor]) -> None:
+        self._value = value
         self._complement = complement
 
     def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self._values[name]
-        except KeyError:
-            raise AttributeError(f"the rule declares no hyperparameter {name!r}; it has {', '.join(self._values)}") from None
+        # Each is made when the rule first asks for it, and kept.
+        value = self.__dict__[name] = self._value(name)
+        return value
 
     def one_minus(self, name: str) -> Tensor:
         """1 − value, exact also where the value is within rounding of 1."""
-        return self._complement(name)
+        key = "1 - " + name
+        if key not in self.__dict__:
+            self.__dict__[key] = self._complement(name)
+        return self.__dict__[key]
 
     def one_minus_power(self, name: str, t: Tensor) -> Tensor:
         """1 − value**t, the bias of an exponential average after t steps."""
-        return -torch.expm1(t * torch.log1p(-self._complement(name)))
+        return -torch.expm1(t * torch.log1p(-self.one_minus(name)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cases import CASES
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from hyperopt import SGD, Adam, Hyper, Optimizable, Values
+from hyperopt import SGD, Adam, Hyper, Optimizable
 from hyperopt.hypergradients import Displacement, Graph, Tangents
 
 STEPS = 7
@@ -101,15 +101,23 @@ def run(spec, level, strategy=None):
 # ---- the brute force, which differentiates nothing
 
 
+class Plain:
+    """Hyperparameters as a rule asks for them, in plain arithmetic."""
+
+    def __init__(self, values):
+        self.__dict__ = values
+
+    def one_minus(self, name):
+        return 1 - self.__dict__[name]
+
+    def one_minus_power(self, name, t):
+        return 1 - self.__dict__[name] ** t
+
+
 def update(node, chunk, x, g, state, raw, t):
     """The rule alone, with its own domains."""
-    domains = {name: declared.domain for name, declared in node.rule.declared().items()}
-    values = node.live | {name: domains[name].value(r) for name, r in raw.items()}
-
-    def complement(name):
-        return chunk.spread(name, domains[name].complement(raw[name]) if name in raw else 1 - values[name])
-
-    return node.rule.update(x, g, state, Values({name: chunk.spread(name, v) for name, v in values.items()}, complement), t)
+    values = node.live | {name: node.rule.declared()[name].domain.value(r) for name, r in raw.items()}
+    return node.rule.update(x, g, state, Plain({name: chunk.spread(name, value) for name, value in values.items()}), t)
 
 
 def replay(node, steps, shift):
@@ -233,9 +241,8 @@ def test_a_value_each_is_a_tower_each():
             (w.sin() * w.roll(1) + w**2).sum().backward()
             optimizer.step()
         values = optimizer.hyperparameters()
-        return torch.cat(
-            [torch.cat(leaves).detach(), *[values[k].reshape(-1) for k in sorted(values) if k.startswith(("0.lr", "0.beta1"))]]
-        )
+        learned = [values[key].reshape(-1) for key in sorted(values) if key.startswith(("0.lr", "0.beta1"))]
+        return torch.cat([w.detach(), *learned])
 
     start = torch.randn(5, dtype=torch.float64)
     vector = start.clone().requires_grad_()
@@ -245,7 +252,34 @@ def test_a_value_each_is_a_tower_each():
     groups = trained(elements[1], [{"params": [w]} for w in elements[1]], "group")
     assert coordinates[5:10].unique().numel() == 5
     torch.testing.assert_close(tensors, coordinates, rtol=1e-12, atol=0)
-    torch.testing.assert_close(groups.sort().values, coordinates.sort().values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(groups, coordinates, rtol=1e-12, atol=0)
+
+
+def test_a_step_size_each_is_a_branch_each():
+    """One SGD with a step size for each hyperparameter, and a tree with an SGD for each."""
+    case, sizes = next(case for case in CASES if len(case.learnable) > 2), (0.1, 0.03, 0.01, 0.003)
+    steps = dict(zip(case.learnable, sizes, strict=False))
+    base = Hyper(case.rule, learn=tuple(steps), trust=None)
+    one = run(base.stack(SGD, lr=steps, trust=None), 0)[1]
+    tree = run(Hyper(case.rule, trust=None).stack(**{name: Hyper(SGD, lr=lr, trust=None) for name, lr in steps.items()}), 0)[1]
+    for name in steps:
+        close(reported(one, name), reported(tree, name), rtol=1e-12, atol=1e-12)
+        assert one[-1].raw[name] != one[0].raw[name]
+
+
+@every_case
+def test_alive_by_default(case):
+    """With defaults and in float32 too every hyperparameter that can be learned gets a gradient, and is moved by it."""
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+    optimizer = Hyper(case.rule, learn=case.learnable).stack(Adam).bind([w])
+    start = optimizer.hyperparameters()
+    for i in range(4):
+        w.grad = torch.linspace(0, 1 + i, 6)
+        optimizer.step()
+    end, q = optimizer.hyperparameters(), optimizer.hypergradients()
+    for name in case.learnable:
+        assert q[f"0.{name}"] != 0
+        assert end[f"0.{name}"] != start[f"0.{name}"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

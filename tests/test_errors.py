@@ -162,6 +162,32 @@ def test_an_error_in_a_closure_changes_nothing():
     assert_goes_on_as(model, optimizer, twin, other)
 
 
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+@pytest.mark.parametrize("tower", [Hyper(Adam), CHAIN, Hyper(Adam, learn=("lr", "beta1", "beta2")).stack(Adam)], ids=str)
+def test_a_beta_of_1_assigned_with_bias_correction_raises_as_at_construction(tower, name):
+    # 1 - beta^t = 0: the weights would be divided by it and never come back.
+    model, optimizer = trained(tower)
+    twin, other = copy.deepcopy((model, optimizer))
+    good = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = 1.0
+    backward(model, 9)
+    with pytest.raises(ValueError, match=f"{name}.* below 1, or bias_correction=False"):
+        optimizer.step()
+    optimizer.param_groups[0][name] = good
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+def test_a_beta_that_float32_cannot_tell_from_1_trains_or_is_named():
+    model = net()
+    try:
+        optimizer = Hyper(Adam, beta2=1 - 1e-8).bind(model.parameters())
+    except ValueError as error:
+        assert "0.99999999" in str(error)  # noqa: PT017
+    else:
+        train(model, optimizer, range(3))
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("value", [torch.ones(3), torch.ones(2, 2)])
 def test_an_assigned_tensor_of_another_shape_raises_and_changes_nothing(value):
     model, optimizer = trained(groups=2)

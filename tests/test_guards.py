@@ -486,22 +486,24 @@ def test_towers_of_adam_stay_finite(height):
     assert values(optimizer) != pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("signs", [[1, 1, 1], [1, -1, 1]], ids=["up", "down"])
+@pytest.mark.parametrize("last", [1, -1], ids=["up", "down"])
+@pytest.mark.parametrize(("name", "signs"), [("lr", [1]), ("momentum", [1, 1])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_raw_values_stop_where_their_values_would_leave_the_domain(dtype, signs):
-    # A level above that is let loose takes lr and momentum to the ends of their domains in one step, and never out of them.
-    tower = Hyper(SGD, lr=1e-3, momentum=0.9, learn=("lr", "momentum"), trust=None).stack(SGD, lr=1e9, trust=1e9)
+def test_raw_values_stop_where_their_values_would_leave_the_domain(dtype, name, signs, last):
+    # A level above that is let loose takes them to the end of their domain in one step, and never out of it.
+    tower = Hyper(SGD, lr=1e-3, momentum=0.9, learn=name, trust=None).stack(SGD, lr=1e9, trust=1e9)
     w = nn.Parameter(torch.ones(4, dtype=dtype))
     optimizer = tower.bind([w])
-    for sign in signs:
+    for sign in [*signs, last]:
         w.grad = torch.full_like(w, sign)
         optimizer.step()
-    lr, momentum = (optimizer.hyperparameters()[f"0.{name}"] for name in ("lr", "momentum"))
-    assert 0 < float(lr) < math.inf
-    assert 0 < momentum < 1
-    assert float(lr) > 1e30 if signs[1] > 0 else float(lr) < 1e-30
-    assert abs(float(momentum) - 0.5) > 0.49
-    assert all(guards.finite([value], value) for value in (w.detach(), lr.log(), (momentum / (1 - momentum)).log()))
+    value = optimizer.hyperparameters()[f"0.{name}"]
+    domain = tower.domain(name)
+    low, high = domain.bounds()
+    assert low < value < high
+    assert domain.raw(value).isfinite()
+    assert abs(float(domain.raw(value))) > 14
+    assert w.isfinite().all()
 
 
 # ---- the pieces

@@ -984,6 +984,33 @@ def test_graph_cannot_be_saved_and_says_what_can():
         optimizer.state_dict()
 
 
+@pytest.mark.parametrize("remake", [copied, pickled])
+def test_a_copy_of_a_graph_goes_on_bit_for_bit_or_says_that_it_cannot(remake):
+    model, optimizer = bound(Hyper(Adam, lr=0.01, horizon=1, strategy="graph").stack(Adam))
+    train(model, optimizer, range(3))
+    try:
+        fresh, again = remake(model, optimizer)
+    except RuntimeError as error:
+        assert "strategy='tangents'" in str(error)  # noqa: PT017
+    else:
+        assert_behaves_alike(model, optimizer, fresh, again, range(3, 6))
+
+
+def test_a_checkpoint_of_one_dtype_is_loaded_into_a_model_of_two():
+    model, optimizer = bound(CHAIN)
+    train(model, optimizer, range(3))
+    mixed = net()
+    mixed[2].double()
+    again = CHAIN.bind(mixed.parameters())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p in mixed.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    again.step()
+    for p in mixed.parameters():
+        assert again.state[p]["m"].dtype == p.dtype
+        assert float(again.state[p]["t"]) == 4
+
+
 # ---- more groups, granularity, pace
 
 
