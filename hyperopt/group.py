@@ -1,17 +1,17 @@
-"""The tree of one parameter group: built from the specification, fed with gradients, found again in a checkpoint."""
+"""One parameter group at work: which tensors are stepped as one, what a user assigned, what survives in a checkpoint."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .domains import Positive, complement
+from . import tree
+from .domains import complement
 from .engine import LARGE, Chunk, Compiled, Record
-from .hypergradients import Displacement, Graph, Strategy, Tangents, gamma
-from .optimizable import Optimizable
-from .rule import Rule, check
+from .hypergradients import Graph
+from .rule import check
 from .tower import Hyper
 
 CAPACITY = 2**22  # elements gathered into one chunk at most
@@ -38,35 +38,31 @@ class Group:
         self.dtype = torch.float64 if wide else torch.float32
         self.names = list(spec.rule.declared())
         self.check()
-        self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "nodes": {}, "calls": 0})
+        self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}})
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = self._to(self.tower.get("skipped", torch.zeros(2)))
-        self.nodes: dict[str, Optimizable] = {}
         self._build()
         self._step = Compiled(self.root.step, spec.height + 2) if compile else self.root.step
 
-    # ---- the tree
-
     @torch.no_grad()
     def _build(self) -> None:
-        record = self.tower["nodes"].setdefault("0", {})
+        self.last: dict[str, Tensor] = self.tower["last"]
         self.live: dict[str, Tensor] = {}
         for name in self.names:
             value = self._to(torch.as_tensor(self.group[name], dtype=self.dtype)).detach().clone()
             size = self._size(name)
             self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
-            record["last." + name] = self._to(record.get("last." + name, self.live[name].clone()))
-        self.last = {name: record["last." + name] for name in self.names}
+            self.last[name] = self._to(self.last.get(name, self.live[name].clone()))
         # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
         self.watched = {name for name in self.names if not torch.equal(self.live[name], self.last[name])}
         self.watched |= set(self.tower.get("watched", []))
         self.versions = {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
-        learned = self.spec.learned if self.spec.above else ()
-        zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
+        zeros = self.tower.get("zeros", [name for name in self.names if name not in self.spec.learning])
         self.zeros = self.tower["zeros"] = [name for name in zeros if not self.live[name].any()]
-        self.rule = _structure(self.spec.rule, self.zeros)
-        self.root = self._node(self.spec, self.rule, 0, "", self.live, [])
+        self.rule = tree.with_zeros(self.spec.rule, self.zeros)
+        self.nodes = tree.grow(self.spec, self.rule, self.live, self.tower["nodes"])
+        self.root = self.nodes["0"]
         self.root.resets = self.tower["skipped"][1].clone()
         stepped = [p for p in self.params if "t" in self.state.get(p, {})]
         if "chunks" in self.tower:
@@ -82,7 +78,7 @@ class Group:
 
     def _size(self, name: str) -> int | None:
         """How many values a hyperparameter of level 0 has; None for one."""
-        if not self.spec.above or name not in self.spec.learned or self.spec.per == "group":
+        if name not in self.spec.learning or self.spec.per == "group":
             return None
         return len(self.params) if self.spec.per == "tensor" else sum(p.numel() for p in self.params)
 
@@ -95,43 +91,9 @@ class Group:
         index = {p: i for i, p in enumerate(self.params)}
         self.tower["chunks"] = [[index[p] for p in chunk.tensors] for chunk in chunks]
 
-    def _node(self, spec: Hyper, rule: Rule, level: int, branch: str, live: dict[str, Tensor], chunks: list[Chunk]) -> Optimizable:
-        above = []
-        domains = {name: spec.domain(name) for name in rule.declared()}
-        for names, upper in spec.above.items():
-            path = branch if len(spec.above) == 1 and names == spec.learned else ".".join(filter(None, [branch, names[0]]))
-            above.append((names, self._upper(upper, level + 1, path, [(n, live[n], domains[n]) for n in names])))
-        complements = {n: complement(v) for n, v in live.items()}
-        node = Optimizable(level, rule, chunks, live, complements, domains, above, _strategy(spec, rule), spec.trust_at(level))
-        self.nodes[_label(level, branch)] = node
-        return node
-
-    def _upper(self, spec: Hyper, level: int, branch: str, below: list[tuple[str, Tensor, Any]]) -> Optimizable:
-        record = self.tower["nodes"].setdefault(_label(level, branch), {})
-        for key, value in record.items():
-            record[key] = self._to(value)
-        if "x" not in record:
-            record["x"] = torch.cat([domain.raw(value).reshape(-1) for _, value, domain in below])
-        rule = spec.rule_at(level)
-        positions: dict[str, tuple[Tensor, int]] = {}
-        learned = spec.learned if spec.above else ()
-        size = record["x"].numel()
-        live = {}
-        for name in rule.declared():
-            value = rule.value(name)
-            parts = [float(value[n]) if isinstance(value, Mapping) else value for n, v, _ in below for _ in range(v.numel())]
-            if isinstance(value, Mapping) or (name in learned and spec.per != "group"):
-                positions[name] = torch.arange(size, device=self.device), size
-            initial = torch.tensor(parts if name in positions else parts[0], dtype=self.dtype, device=self.device)
-            live[name] = record["h." + name] = record.get("h." + name, initial)
-        limits = [domain.raw_limits(self.dtype) for _, value, domain in below for _ in range(value.numel())]
-        low, high = (torch.tensor(ends, dtype=self.dtype, device=self.device) for ends in zip(*limits, strict=True))
-        rule = _structure(rule, [n for n, v in live.items() if n not in learned and not v.any()])
-        chunk = Chunk([record["x"]], [_Prefixed(record)], rule, positions, (low, high))
-        return self._node(spec, rule, level, branch, live, [chunk])
-
     def _spread(self, params: list[Tensor]) -> dict[str, tuple[Tensor, int]]:
-        if self.spec.per == "group" or not self.spec.above:
+        """For each element of `params` the position of its value, where a hyperparameter has several."""
+        if self.spec.per == "group" or not self.spec.learning:
             return {}
         starts, total = {}, 0
         for i, p in enumerate(self.params):
@@ -143,9 +105,7 @@ class Group:
         else:
             parts = [torch.arange(starts[p], starts[p] + p.numel(), device=p.device) for p in params]
         positions = torch.cat(parts) if len(parts) > 1 else parts[0].view(params[0].shape)
-        return dict.fromkeys(self.spec.learned, (positions, total))
-
-    # ---- gradients
+        return dict.fromkeys(self.spec.learning, (positions, total))
 
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
@@ -221,8 +181,8 @@ class Group:
             if name in self.zeros and bool(mine != 0):
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
                 self.zeros.remove(name)
-                self.rule = self.root.rule = _structure(self.spec.rule, self.zeros)
-                self.root.strategy = _strategy(self.spec, self.rule)
+                self.rule = self.root.rule = tree.with_zeros(self.spec.rule, self.zeros)
+                self.root.strategy = tree.strategy(self.spec, self.rule)
                 for chunk in self.chunks:
                     chunk.extend(self.rule)
 
@@ -244,43 +204,3 @@ class Group:
                 part = parts.setdefault(key, [])
             part.append(p)
         yield from (part for part in parts.values() if part)
-
-
-class _Prefixed(MutableMapping[str, Tensor]):
-    """The part of a node's record that its chunk may see: state and tangents, without x and the values."""
-
-    def __init__(self, record: dict[str, Tensor]) -> None:
-        self.record = record
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.record["s." + key]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        self.record["s." + key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self.record["s." + key]
-
-    def __iter__(self) -> Iterator[str]:
-        return (key[2:] for key in list(self.record) if key.startswith("s."))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _label(level: int, branch: str) -> str:
-    return f"{level}[{branch}]" if branch else str(level)
-
-
-def _strategy(spec: Hyper, rule: Rule) -> Strategy:
-    if spec.strategy == "graph":
-        return Graph()
-    if spec.above and spec.learned == ("lr",) and rule.linear_in_lr() and isinstance(spec.domain("lr"), Positive):
-        return Displacement(gamma(spec.horizon))
-    return Tangents(gamma(spec.horizon))
-
-
-def _structure(rule: Rule, zeros: Collection[str]) -> Rule:
-    """The rule as it is asked for its state: 0 for what is left out of the update, any other number for the rest."""
-    values = {name: rule.value(name) for name in rule.declared()}
-    return dataclasses.replace(rule, **{n: 0.0 if n in zeros else (v if isinstance(v, float) and v else 0.5) for n, v in values.items()})

@@ -166,6 +166,11 @@ class Hyper:
             return tuple(n for n in self.rule.declared() if all(self.domain(n).inside(v) for v in _numbers(self.rule.value(n))))
         return tuple(self.learn)
 
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The names of this level's hyperparameters that are learned as the tower stands: none at the top."""
+        return self.learned if self.above else ()
+
     def domain(self, name: str) -> Domain:
         """The space in which a hyperparameter of this level is learned."""
         return self.domains[name] if name in self.domains else self.rule.declared()[name].domain
@@ -199,7 +204,7 @@ class Hyper:
     def structure(self) -> str:
         """The tower's text without any value: what a checkpoint must have in common with the tower that reads it."""
         options = [f"{f.name}={getattr(self.rule, f.name)}" for f in dataclasses.fields(self.rule) if f.name not in self.rule.declared()]
-        learned = [f"{name} in {self.domain(name)}" for name in self.learned] if self.above else []
+        learned = [f"{name} in {self.domain(name)}" for name in self.learning]
         words = [*options, f"per {self.per}", f"horizon {self.horizon:g}", f"learned: {', '.join(learned) or 'nothing'}"]
         return f"{type(self.rule).__name__}({'; '.join(words)})" + "".join(
             f" / {{{', '.join(names)}: {node.structure()}}}" for names, node in self.above.items()

@@ -1,0 +1,104 @@
+"""From a specification to the tree of nodes that one parameter group is trained with."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .domains import Positive, complement
+from .engine import Chunk
+from .hypergradients import Displacement, Graph, Strategy, Tangents, gamma
+from .optimizable import Optimizable
+from .rule import Rule
+from .tower import Hyper
+
+Records = dict[str, dict[str, Any]]  # by label: "x", "values" and "state" of each node above level 0
+
+
+def grow(spec: Hyper, rule: Rule, live: dict[str, Tensor], records: Records) -> dict[str, Optimizable]:
+    """The nodes by their labels: "0" for the root, "1", "2" … in a chain, "1[beta1]" in a tree by what a branch learns.
+
+    Args:
+        spec: the tower.
+        rule: the rule of level 0.
+        live: the values of its hyperparameters.
+        records: where the nodes above level 0 keep their tensors; what is there already is taken over.
+    """
+    nodes: dict[str, Optimizable] = {}
+    _node(spec, rule, 0, "", live, [], records, nodes)
+    return nodes
+
+
+def _node(
+    spec: Hyper,
+    rule: Rule,
+    level: int,
+    branch: str,
+    live: dict[str, Tensor],
+    chunks: list[Chunk],
+    records: Records,
+    nodes: dict[str, Optimizable],
+) -> Optimizable:
+    above = []
+    for names, upper in spec.above.items():
+        path = ".".join(filter(None, [branch, names[0]])) if spec.is_tree() else branch
+        values = {name: live[name] for name in names}
+        above.append((names, _upper(upper, level + 1, path, values, [spec.domain(n) for n in names], records, nodes)))
+    domains = {name: spec.domain(name) for name in live}
+    complements = {name: complement(value) for name, value in live.items()}
+    label = f"{level}[{branch}]" if branch else str(level)
+    nodes[label] = Optimizable(level, rule, chunks, live, complements, domains, above, strategy(spec, rule), spec.trust_at(level))
+    return nodes[label]
+
+
+def _upper(
+    spec: Hyper,
+    level: int,
+    branch: str,
+    below: Mapping[str, Tensor],
+    domains: list[Any],
+    records: Records,
+    nodes: dict[str, Optimizable],
+) -> Optimizable:
+    """The node whose x are the raw values of the hyperparameters `below`, side by side in one vector."""
+    record = records.setdefault(f"{level}[{branch}]" if branch else str(level), {"values": {}, "state": {}})
+    like = next(iter(below.values()))
+    for part in (record, record["values"], record["state"]):
+        part |= {key: tensor.to(like) for key, tensor in part.items() if isinstance(tensor, Tensor)}
+    if "x" not in record:
+        record["x"] = torch.cat([domain.raw(value).reshape(-1) for domain, value in zip(domains, below.values(), strict=True)])
+    size = record["x"].numel()
+    rule = spec.rule_at(level)
+    positions = {}
+    live = {}
+    for name in rule.declared():
+        value = rule.value(name)
+        if isinstance(value, Mapping):
+            given = torch.cat([torch.full_like(v, value[n]).reshape(-1) for n, v in below.items()])
+        else:
+            given = torch.full_like(record["x"] if name in spec.learning and spec.per != "group" else record["x"][0], value)
+        live[name] = record["values"].setdefault(name, given)
+        if live[name].dim():
+            positions[name] = torch.arange(size, device=like.device), size
+    limits = [domain.raw_limits(like.dtype) for domain, value in zip(domains, below.values(), strict=True) for _ in range(value.numel())]
+    low, high = (torch.tensor(ends, dtype=like.dtype, device=like.device) for ends in zip(*limits, strict=True))
+    rule = with_zeros(rule, [name for name, value in live.items() if name not in spec.learning and not value.any()])
+    chunk = Chunk([record["x"]], [record["state"]], rule, positions, (low, high))
+    return _node(spec, rule, level, branch, live, [chunk], records, nodes)
+
+
+def strategy(spec: Hyper, rule: Rule) -> Strategy:
+    """How a node of this specification makes its hypergradients: in the cheapest way that is exact."""
+    if spec.strategy == "graph":
+        return Graph()
+    if spec.learning == ("lr",) and rule.linear_in_lr() and isinstance(spec.domain("lr"), Positive):
+        return Displacement(gamma(spec.horizon))
+    return Tangents(gamma(spec.horizon))
+
+
+def with_zeros(rule: Rule, zeros: Collection[str]) -> Rule:
+    """The rule as it is asked for its state: 0 for what is left out of the update, any other number for the rest."""
+    values = {name: rule.value(name) for name in rule.declared()}
+    return dataclasses.replace(rule, **{n: 0.0 if n in zeros else (v if isinstance(v, float) and v else 0.5) for n, v in values.items()})
