@@ -1,5 +1,6 @@
 """The recursion: a node steps its tensors with hyperparameters that the nodes above it have just stepped."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -136,9 +137,8 @@ class Optimizable:
 
     def project(self, raw: Raw, moves: list[Tensor], xs: list[Tensor]) -> tuple[Raw, Tensor]:
         """Raw hyperparameters with lr projected down, and the factor by which it was."""
-        assert self.trust is not None
-        like = raw["lr"]
-        scale = guards.relative_scale(moves, xs, self.trust, like) if self.level == 0 else guards.absolute_scale(moves, self.trust).to(like)
+        like, trust = raw["lr"], self.trust or math.inf
+        scale = guards.relative_scale(moves, xs, trust, like) if self.level == 0 else guards.absolute_scale(moves, trust).to(like)
         if "lr" in self._assigned:
             scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)
         low, high = self.domains["lr"].raw_limits(like.dtype)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import adopt, rules, text
+from . import adopt, text
+from .arguments import as_rule, plain
 from .domains import Domain
 from .rule import Rule
 
@@ -71,11 +71,11 @@ class Hyper:
             rule, maximize = adopt.rule_of(source), maximize or bool(source.param_groups[0].get("maximize"))
         self._set(
             source=source,
-            rule=_rule(rule, hyperparameters),
+            rule=as_rule(rule, hyperparameters),
             given=frozenset(hyperparameters),
             learn=learn if learn is None or learn == "all" else (learn,) if isinstance(learn, str) else tuple(learn),
-            horizon=_plain(horizon),
-            trust=_plain(trust),
+            horizon=plain(horizon),
+            trust=plain(trust),
             domains=dict(domains or {}),
             per=per,
             strategy=strategy,
@@ -142,7 +142,7 @@ class Hyper:
 
     def replace(self, **hyperparameters: Any) -> "Hyper":
         """The same tower with other values at level 0."""
-        return self._but(rule=_rule(self.rule, hyperparameters), given=self.given | set(hyperparameters))._checked()
+        return self._but(rule=as_rule(self.rule, hyperparameters), given=self.given | set(hyperparameters))._checked()
 
     def held(self, **hyperparameters: Any) -> "Hyper":
         """Level 0 alone, with nothing learned, and these values: what a plain run with learned values is started from."""
@@ -317,39 +317,6 @@ def _check_options(tower: Hyper) -> None:
         raise ValueError(
             f"strategy='graph' keeps the graph of one update, got horizon = {tower.horizon!r}: give horizon=1, or strategy='tangents'"
         )
-
-
-def _rule(rule: Any, hyperparameters: Mapping[str, Any]) -> Rule:
-    values = {name: _plain(value) for name, value in hyperparameters.items()}
-    if "betas" in values:
-        if not isinstance(values["betas"], (tuple, list)) or len(values["betas"]) != 2:
-            raise ValueError(f"betas = {values['betas']!r} must be a pair: give betas=(0.9, 0.999), or beta1 and beta2")
-        values["beta1"], values["beta2"] = map(_plain, values.pop("betas"))
-    if isinstance(rule, type) and issubclass(rule, torch.optim.Optimizer):
-        name = rule.__name__
-        if not hasattr(rules, name):
-            raise ValueError(f"there is no rule for torch.optim.{name}; there are {', '.join(rules.__all__)}")
-        rule = getattr(rules, name)
-    known = _fields(rule if isinstance(rule, Rule) else rule() if callable(rule) else rule)
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{known['']} has no hyperparameter or option {name!r}: it has {', '.join(n for n in known if n)}")
-    built = dataclasses.replace(rule, **values) if isinstance(rule, Rule) else rule(**values)
-    assert isinstance(built, Rule)
-    return built
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's, mappings as copies that nobody else can change."""
-    if isinstance(value, Mapping):
-        return {name: _plain(number) for name, number in value.items()}
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) else value
-
-
-def _fields(rule: Any) -> dict[str, str]:
-    if not isinstance(rule, Rule):
-        raise TypeError(f"a tower is built from rules such as Adam or SGD, got {rule!r}")
-    return {"": type(rule).__name__} | {f.name: f.name for f in dataclasses.fields(rule)}
 
 
 def _numbers(value: float | Mapping[str, float]) -> list[float]:
