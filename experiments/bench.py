@@ -57,7 +57,8 @@ def main(
     times: dict[str, list[float]] = {name: [] for name in makes}
     alone: dict[str, list[float]] = {name: [] for name in makes}
     for step, optimizer_step in trainings.values():
-        timed(step, 40, device), timed(optimizer_step, 10, device)
+        timed(step, 40, device)
+        timed(optimizer_step, 10, device)
     for _ in tqdm(range(blocks), unit="block"):
         for name, (step, optimizer_step) in trainings.items():
             times[name].append(timed(step, steps, device))

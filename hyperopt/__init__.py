@@ -5,23 +5,57 @@ from .optimizable import Optimizable
 from .optimizer import HyperOptimizer
 from .record import Recorder
 from .rule import Rule, Values, hyper
-from .rules import SGD, Adam, AdamW
+from .rules import (
+    ADOPT,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Adan,
+    AdaShift,
+    Exponent,
+    Lion,
+    NAdam,
+    Padam,
+    RAdam,
+    RMSprop,
+    ScheduleFree,
+    Unified,
+    Yogi,
+)
 from .tower import Hyper
 
 __all__ = [
+    "ADOPT",
     "SGD",
+    "AdaShift",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
+    "Adan",
     "Domain",
+    "Exponent",
     "Hyper",
     "HyperOptimizer",
     "Interval",
+    "Lion",
+    "NAdam",
     "Optimizable",
+    "Padam",
     "Positive",
+    "RAdam",
+    "RMSprop",
     "Real",
     "Recorder",
     "Rule",
+    "ScheduleFree",
+    "Unified",
     "UnitInterval",
     "Values",
+    "Yogi",
     "hyper",
 ]

@@ -49,12 +49,14 @@ class Chunk:
             self._x, self._g = self._empty(), self._empty()
             self._x_views, self._g_views = self._views(self._x), self._views(self._g)
         self.gather()
+        # One number for all tensors of the chunk, as they have taken every step together.
+        self.numbers = {"t"}
         self.t = self._load("t") if "t" in self.records[0] else torch.zeros((), dtype=self.dtype, device=like.device)
         self.state: State = {}
         self.tangents: dict[str, dict[str, Tensor]] = {}
-        for key, buffer in rule.init(self.x()).items():
+        for key, buffer in self._init(rule).items():
             self.state[key] = self._load(key) if key in self.records[0] else buffer
-        for key in self.records[0]:
+        for key in list(self.records[0]):
             if key.startswith("Z."):
                 name, _, of = key[2:].partition(".")
                 self.tangents.setdefault(name, {})[of or "x"] = self._load(key)
@@ -125,10 +127,19 @@ class Chunk:
 
     def extend(self, rule: Rule) -> None:
         """Add the state that `rule` needs and that is not there yet."""
-        for key, buffer in rule.init(self.x()).items():
+        for key, buffer in self._init(rule).items():
             if key not in self.state:
                 self.state[key] = buffer
                 self._keep(key, buffer)
+
+    def _init(self, rule: Rule) -> State:
+        x = self.x()
+        state = rule.init(x)
+        if self.positions:
+            return {key: buffer.expand(x.shape).clone() for key, buffer in state.items()}
+        if x.dim():
+            self.numbers |= {key for key, buffer in state.items() if not buffer.dim()}
+        return state
 
     def _empty(self) -> Tensor:
         like = self.tensors[0]
@@ -141,17 +152,19 @@ class Chunk:
         return [part.view(t.shape) for part, t in zip(buffer.split([t.numel() for t in self.tensors]), self.tensors, strict=True)]
 
     def _load(self, key: str) -> Tensor:
-        first = self.records[0][key]
-        if key == "t":
-            return first.detach().clone()
+        if self._is_number(key):
+            return self.records[0][key].detach().clone()
         buffer = self._empty()
         _copy(self._views(buffer), [record[key] for record in self.records])
         return buffer
 
     def _keep(self, key: str, buffer: Tensor) -> None:
-        views = [buffer] * len(self.records) if key == "t" else self._views(buffer)
+        views = [buffer] * len(self.records) if self._is_number(key) else self._views(buffer)
         for record, view in zip(self.records, views, strict=True):
             record[key] = view
+
+    def _is_number(self, key: str) -> bool:
+        return (key.rpartition(".")[2] if key.startswith("Z.") else key) in self.numbers
 
 
 def _key(name: str, of: str) -> str:

@@ -64,13 +64,14 @@ class Group:
         self.nodes = tree.grow(self.spec, self.rule, self.live, self.tower["nodes"])
         self.root = self.nodes["0"]
         self.root.resets = self.tower["skipped"][1].clone()
-        stepped = [p for p in self.params if "t" in self.state.get(p, {})]
-        if "chunks" in self.tower:
-            parts = [[self.params[i] for i in part] for part in self.tower["chunks"]]
-            # The checkpoint may be of a model whose tensors had other dtypes, or were on other devices.
-            parts = [sub for part in parts for sub in (self._parts(part) if len({(p.dtype, p.device) for p in part}) > 1 else [part])]
-        else:
-            parts = self._parts(stepped)
+        kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
+        # The checkpoint may be of a model whose tensors had other dtypes or were on other devices, and a live optimizer that was
+        # taken over has state but no partition.
+        mixed = [part for part in kept if len({(p.dtype, p.device) for p in part}) > 1]
+        known = {p for part in kept for p in part}
+        loose = [p for part in mixed for p in part] + [p for p in self.params if "t" in self.state.get(p, {}) and p not in known]
+        parts = [part for part in kept if not any(part is m for m in mixed)]
+        parts += self._parts(loose)
         self._partition([self._chunk(part) for part in parts])
 
     def _to(self, value: Tensor) -> Tensor:
@@ -115,6 +116,8 @@ class Group:
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which has no hypergradient here: "
                     "make it dense (nn.Embedding(sparse=False)) or give that parameter to another optimizer"
                 )
+        if "betas" in self.group:
+            raise ValueError("param_groups[…]['betas'] is read nowhere: assign 'beta1' and 'beta2'")
         for name in self.names:
             value, size = self.group[name], self._size(name)
             if not isinstance(value, Tensor):
@@ -152,7 +155,8 @@ class Group:
         self._notice()
         self.tower["calls"] += 1
         ok = ok.to(self.root.ok)
-        gs = [g.nan_to_num_(0.0, 0.0, 0.0) for g in gs]  # such a step is written with weight 0
+        # A step that does not count is written with weight 0, to which 0·inf would be no weight: its gradient is 0 all over.
+        gs = [g.nan_to_num_(0.0, 0.0, 0.0).mul_(ok.to(g)) for g in gs]
         for chunk in self.root.chunks:
             chunk.gather()
         self._step(gs, ok, {n: self.last[n] for n in sorted(self.watched)}, learn=self.tower["calls"] % every == 0)
@@ -175,6 +179,10 @@ class Group:
             if value is not mine:
                 mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
                 self.group[name] = mine
+            # A number outside the domain raises in `check`; a tensor that holds one is not looked at, and ignored.
+            low, high = self.spec.domain(name).bounds()
+            valid = (mine >= low) & (mine <= high) & mine.isfinite()
+            mine.copy_(torch.where(valid, mine, self.last[name]))
             self.watched.add(name)
             self.tower["watched"] = sorted(self.watched)
             self.root.complements[name] = complement(mine)

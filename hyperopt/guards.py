@@ -17,7 +17,7 @@ def relative_scale(moves: list[Tensor], xs: list[Tensor], trust: float, like: Te
         trust: the largest relative change.
         like: a tensor of the device and dtype wanted.
     """
-    n = sum(x.numel() for x in xs)
+    n = max(1, sum(x.numel() for x in xs))
     norm = torch.stack([torch.linalg.vector_norm(x).to(like) for x in xs]).norm()
     move = torch.stack([torch.linalg.vector_norm(m).to(like) for m in moves]).norm()
     return _down(trust * norm.clamp_min(FLOOR * n**0.5), move)

@@ -47,7 +47,7 @@ class Tangents:
 
     def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
         if node.projects(raw):
-            drafts = [node.update(c, x, g, c.state, raw)[0] - x for c, x, g in zip(node.chunks, xs, gs, strict=True)]
+            drafts = [node.move(c, x, g, raw) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
             raw, _ = node.project(raw, drafts, xs)
         return raw, [self._differentiate(node, c, x, g, raw, keep) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
 
@@ -138,7 +138,7 @@ class Graph:
 
     def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
         if node.projects(raw):
-            drafts = [node.update(c, x, g, c.state, raw)[0] - x for c, x, g in zip(node.chunks, xs, gs, strict=True)]
+            drafts = [node.move(c, x, g, raw) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
             raw, _ = node.project(raw, drafts, xs)
         leaves = {name: r.detach().clone().requires_grad_() for name, r in raw.items()}
         # Copies, because the graph keeps what it was made of and the chunks go on to change it in place.

@@ -131,6 +131,15 @@ class Optimizable:
 
         return Values(value, one_minus)
 
+    def move(self, chunk: "Chunk", x: Tensor, g: Tensor, raw: Raw) -> Tensor:
+        """How far a step at `raw` moves what lr moves."""
+        x1, s1 = self.update(chunk, x, g, chunk.state, raw)
+        return s1.get(self.rule.moves, x1) - self.moved(chunk, x)
+
+    def moved(self, chunk: "Chunk", x: Tensor) -> Tensor:
+        """What lr moves: the weights, or the sequence of the rule's state that stands for them."""
+        return chunk.state.get(self.rule.moves, x)
+
     def projects(self, raw: Raw) -> bool:
         """Whether lr is projected down where the step would be larger than trust allows."""
         return self.trust is not None and "lr" in raw
@@ -138,7 +147,8 @@ class Optimizable:
     def project(self, raw: Raw, moves: list[Tensor], xs: list[Tensor]) -> tuple[Raw, Tensor]:
         """Raw hyperparameters with lr projected down, and the factor by which it was."""
         like, trust = raw["lr"], self.trust or math.inf
-        scale = guards.relative_scale(moves, xs, trust, like) if self.level == 0 else guards.absolute_scale(moves, trust).to(like)
+        moved = [self.moved(chunk, x) for chunk, x in zip(self.chunks, xs, strict=True)]
+        scale = guards.relative_scale(moves, moved, trust, like) if self.level == 0 else guards.absolute_scale(moves, trust).to(like)
         if "lr" in self._assigned:
             scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)
         low, high = self.domains["lr"].raw_limits(like.dtype)

@@ -1,6 +1,7 @@
 """`HyperOptimizer`: a bound tower with the face of torch.optim."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from . import adopt, guards
 from .group import Group
 from .rule import check
 from .tower import Hyper
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HyperOptimizer(Optimizer):
@@ -42,10 +45,13 @@ class HyperOptimizer(Optimizer):
     """
 
     def __init__(self, tower: Hyper, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
+        if isinstance(params, torch.nn.Module) or callable(params):
+            raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
         if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
             raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
         self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
         self._bound: list[Group] = []
+        self._averaged = False
         source = tower.source
         if source is not None:
             params = adopt.groups_of(source, tower.rule)
@@ -58,11 +64,13 @@ class HyperOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
+        if "params" not in param_group:
+            raise ValueError(f"a parameter group needs an entry 'params', got only {', '.join(map(repr, param_group))}")
         group = dict(param_group)
         if "betas" in group:
             group["beta1"], group["beta2"] = group.pop("betas")
         known = self.tower.rule.declared()
-        for name in group.keys() - {"params", "param_names", "initial_lr"} - known.keys():
+        for name in group.keys() - {"params", "param_names", "initial_lr", "name"} - known.keys():
             raise ValueError(f"a parameter group has an unknown entry {name!r}: {type(self.tower.rule).__name__} has {', '.join(known)}")
         for name in group.keys() & known.keys():
             check(f"a parameter group's {name}", group[name], self.tower.domain(name))
@@ -81,8 +89,11 @@ class HyperOptimizer(Optimizer):
             if not added["params"]:
                 raise ValueError("a parameter group has an empty parameter list: give at least one tensor")
             for p in added["params"]:
-                if not p.is_floating_point():
-                    raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors")
+                if p.dtype not in DTYPES:
+                    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                    raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors, {names}")
+                if hasattr(p, "to_local"):
+                    raise TypeError("a sharded parameter (DTensor, as FSDP2 makes them) cannot be trained here: DDP's whole ones can")
             self._bound.append(Group(self.tower, added, self.state, compile=self.compile))
         except BaseException:
             self.param_groups.pop()
@@ -97,8 +108,11 @@ class HyperOptimizer(Optimizer):
 
         Raises:
             TypeError: a sparse gradient.
-            ValueError: a value assigned to a parameter group that lies outside its domain.
+            ValueError: a number assigned to a parameter group that lies outside its domain (a tensor is not looked at, as that
+                would wait for the device: what lies outside is ignored).
         """
+        if self._averaged:
+            raise RuntimeError("step() inside averaged(): the parameters hold the averaged weights there; leave the context first")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,6 +127,32 @@ class HyperOptimizer(Optimizer):
         for group, gs in gathered:
             group.step(gs, ok, self.hyper_every)
         return loss
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this context the parameters hold the averaged weights, to evaluate with; they come back bit for bit.
+
+        Does nothing for a rule that does not average, and may be nested. Statistics of BatchNorm belong to other weights then:
+        `torch.optim.swa_utils.update_bn(loader, model)` takes them anew.
+
+        Raises:
+            RuntimeError: a step inside.
+        """
+        names = {p: group.rule.average for group in self._groups() for p in group.params}
+        pairs = [(p, self.state[p][name]) for p, name in names.items() if name and name in self.state.get(p, {})]
+        if self._averaged or not pairs:
+            yield
+            return
+        kept = [p.detach().clone() for p, _ in pairs]
+        with torch.no_grad():
+            torch._foreach_copy_([p for p, _ in pairs], [average for _, average in pairs])  # pyright: ignore[reportPrivateImportUsage]
+        self._averaged = True
+        try:
+            yield
+        finally:
+            self._averaged = False
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in pairs], kept)  # pyright: ignore[reportPrivateImportUsage]
 
     def hyperparameters(self) -> dict[str, Tensor]:
         """Every hyperparameter of every level, learned or held, by "<level>.<name>"; detached copies, no host sync."""
@@ -147,21 +187,28 @@ class HyperOptimizer(Optimizer):
         final: dict[str, Any] = {}
 
         def inspect(_: Optimizer, given: dict[str, Any]) -> None:
-            self._check_checkpoint(given)
+            try:
+                self._check_checkpoint(given)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"this is not the checkpoint of a HyperOptimizer, or a part of it is missing: {error!r}") from error
             final.update(given)
 
+        before = self.state, self.param_groups, self._bound
         handle = self.register_load_state_dict_pre_hook(inspect)
         try:
             super().load_state_dict(state_dict)
+            # torch casts state to the parameter's dtype, which would round float32 tangents to bfloat16.
+            ids = [i for group in final["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, p in zip(ids, params, strict=True):
+                if i in final["state"]:
+                    self.state[p] = {key: value.to(p.device, copy=True) for key, value in final["state"][i].items()}
+            self._rebuild()
+        except BaseException:
+            self.state, self.param_groups, self._bound = before
+            raise
         finally:
             handle.remove()
-        # torch casts state to the parameter's dtype, which would round float32 tangents to bfloat16.
-        ids = [i for group in final["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            if i in final["state"]:
-                self.state[p] = {key: value.to(p.device, copy=True) for key, value in final["state"][i].items()}
-        self._rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_saves()
@@ -171,6 +218,7 @@ class HyperOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bound = []
+        self._averaged = False
 
     def __repr__(self) -> str:
         tensors = sum(len(group["params"]) for group in self.param_groups)
@@ -215,3 +263,11 @@ class HyperOptimizer(Optimizer):
                 if list(shape) != list(p.shape):
                     pair = f"shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}"
                     raise ValueError(f"the checkpoint has {pair}: load it into the model that wrote it")
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(i, {}).items():
+                    if value.dim() and value.shape != p.shape:
+                        pair = f"shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
+                        raise ValueError(f"the checkpoint's {key!r} has {pair}: load it into the model that wrote it")
+            missing = self.tower.rule.declared().keys() - saved.keys()
+            if missing:
+                raise ValueError(f"the checkpoint's group has no {', '.join(sorted(missing))}: it was changed since it was written")

@@ -59,6 +59,8 @@ class Recorder:
     """
 
     def __init__(self, optimizer: HyperOptimizer, every: int = 1) -> None:
+        if not hasattr(optimizer, "hyperparameters"):
+            raise TypeError(f"a Recorder follows a HyperOptimizer, got {type(optimizer).__name__}: bind a tower, as in Hyper(Adam).bind(…)")
         if every < 1:
             raise ValueError(f"every={every} must be at least 1: it is the number of steps from one sample to the next")
         self.every = every

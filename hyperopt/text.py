@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import rules
 from .domains import Domain, Interval, Positive, Real, UnitInterval
+from .rule import Rule
 
 if TYPE_CHECKING:
     from .tower import Hyper
 
 DOMAINS: dict[str, Callable[..., Domain]] = {"Positive": Positive, "UnitInterval": UnitInterval, "Interval": Interval, "Real": Real}
+COMPOSITIONS = ("ScheduleFree",)
 OPTIONS = ("learn", "horizon", "trust", "domains", "per", "strategy", "maximize")
 
 
@@ -39,7 +41,10 @@ def read(source: str, hyper: type["Hyper"]) -> "Hyper":
 
     Raises:
         ValueError: naming the part that is not understood.
+        TypeError: what is no text.
     """
+    if not isinstance(source, str):
+        raise TypeError(f"a tower is read from text such as 'Adam(lr=0.001) / SGD', got {source!r}")
     try:
         tree = ast.parse(source.strip(), mode="eval").body
     except SyntaxError as error:
@@ -57,14 +62,37 @@ def _tower(node: ast.expr, source: str, hyper: type["Hyper"]) -> "Hyper":
             names = _distinct([_name(key, source) for key in node.right.keys], source)
             return below.stack(**{name: _tower(value, source, hyper) for name, value in zip(names, node.right.values, strict=True)})
         return below.stack(_tower(node.right, source, hyper))
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    name = _name(call.func, source)
-    if name not in rules.__all__:
-        raise ValueError(f"{name!r} in {source!r} is not a rule: there are {', '.join(rules.__all__)}")
+    call = node if isinstance(node, ast.Call) and not _composes(node) else ast.Call(node, [], [])
+    rule = _rule(call.func, source)
     if call.args or any(k.arg is None for k in call.keywords):
         raise ValueError(f"{ast.unparse(call)!r} in {source!r}: every value needs its name, as in Adam(lr=0.001)")
     _distinct([str(k.arg) for k in call.keywords], source)
-    return hyper(getattr(rules, name), **{str(k.arg): _value(k.value, source) for k in call.keywords})
+    return hyper(rule, **{str(k.arg): _value(k.value, source) for k in call.keywords})
+
+
+def _composes(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPOSITIONS
+
+
+def _rule(node: ast.expr, source: str) -> Any:
+    """A rule by its name, or a composition of rules such as ScheduleFree(Adam)."""
+    if isinstance(node, ast.Call) and _composes(node):
+        if len(node.args) != 1 or node.keywords:
+            raise ValueError(
+                f"{ast.unparse(node)!r} in {source!r}: it takes one rule, and values go behind it, as in ScheduleFree(Adam)(lr=0.01)"
+            )
+        return getattr(rules, _name(node.func, source))(_rule(node.args[0], source))
+    name = _name(node, source)
+    if name in rules.__all__ and name not in COMPOSITIONS:
+        return getattr(rules, name)
+    written = [rule for rule in _subclasses(Rule) if rule.__name__ == name]
+    if not written:
+        raise ValueError(f"{name!r} in {source!r} is not a rule: there are {', '.join(rules.__all__)}, and the rules that you define")
+    return written[-1]
+
+
+def _subclasses(rule: type[Rule]) -> list[type[Rule]]:
+    return [found for below in rule.__subclasses__() for found in (below, *_subclasses(below))]
 
 
 def _value(node: ast.expr, source: str) -> Any:

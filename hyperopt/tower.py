@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .optimizer import HyperOptimizer
 
 HORIZON = 1000.0
-TRUST = 0.03  # level 0: relative change of the weights in a step; flattest of .02 to .1 on MNIST validation data
 # Above level 0: change of a raw hyperparameter in a step. Where level 1 learns its lr too, 0.1 does better: on MNIST validation data
 # Adam / Adam / Adam ends at 2.9 % with it and at 4.3 % with 0.5, which lets the lr of level 0 jump about; at height 1 they are equal.
 TRUST_ABOVE = 0.5
@@ -35,7 +34,7 @@ class Hyper:
         horizon: for how many past steps a hyperparameter of this level is held responsible, in steps, 1 to math.inf. 1 is
             the paper. Default 1000.
         trust: the largest move of this level's x in one step while its lr is learned: at level 0 relative to the size of the
-            weights (default 0.03), above it the change of a raw hyperparameter (default 0.5); None for no limit.
+            weights (default 0.03; ScheduleFree 0.1), above it the change of a raw hyperparameter (default 0.5); None for no limit.
         domains: for hyperparameters of this level, the space in which they are learned if not the rule's own.
         per: one learned value per "group" of parameters, per "tensor" or per "coordinate".
         strategy: "tangents", or "graph" for the paper's autograd graph, a slow reference at horizon 1.
@@ -68,15 +67,18 @@ class Hyper:
     ) -> None:
         source = rule if isinstance(rule, torch.optim.Optimizer) else None
         if source is not None:
+            if hyperparameters:
+                given = ", ".join(hyperparameters)
+                raise ValueError(f"{given} was given for a live optimizer, which brings its own values: assign to its param_groups instead")
             rule, maximize = adopt.rule_of(source), maximize or bool(source.param_groups[0].get("maximize"))
         self._set(
             source=source,
             rule=as_rule(rule, hyperparameters),
             given=frozenset(hyperparameters),
-            learn=learn if learn is None or learn == "all" else (learn,) if isinstance(learn, str) else tuple(learn),
+            learn=_names(learn),
             horizon=plain(horizon),
             trust=plain(trust),
-            domains=dict(domains or {}),
+            domains=_domains(domains),
             per=per,
             strategy=strategy,
             maximize=maximize,
@@ -109,7 +111,9 @@ class Hyper:
             below = self._but(learn=tuple(branches))
             below._check_learned(below.learned)
             return below._but(above={(name,): node for name, node in branches.items()})
-        node = rule if isinstance(rule, Hyper) and not keywords else Hyper(rule, **keywords)
+        if isinstance(rule, Hyper) and keywords:
+            raise TypeError(f"{', '.join(keywords)} was given beside a finished level: write it there, as in .stack(Hyper(SGD, lr=0.1))")
+        node = rule if isinstance(rule, Hyper) else Hyper(rule, **keywords)
         steps = node.mappings()
         below = self._but(learn=tuple(steps[0])) if steps and self.learn is None else self
         names = below.learned
@@ -178,7 +182,7 @@ class Hyper:
     def trust_at(self, level: int) -> float | None:
         """The trust of this node where it stands at `level`."""
         if isinstance(self.trust, str):
-            return TRUST_ABOVE if level else TRUST
+            return TRUST_ABOVE if level else self.rule.trust
         return self.trust
 
     def rule_at(self, level: int) -> Rule:
@@ -307,8 +311,11 @@ def _check_options(tower: Hyper) -> None:
     if isinstance(tower.horizon, bool) or not isinstance(tower.horizon, (int, float)) or not tower.horizon >= 1:
         raise ValueError(f"horizon = {tower.horizon!r} is outside [1, inf]: give a number of steps, 1 for the paper, or math.inf")
     trust = tower.trust
-    if trust is not None and trust != "default" and (isinstance(trust, (bool, str)) or not 0 < trust < math.inf):
+    fits = isinstance(trust, (int, float)) and not isinstance(trust, bool) and 0 < trust < math.inf
+    if trust is not None and trust != "default" and not fits:
         raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
+    if not isinstance(tower.maximize, bool):
+        raise TypeError(f"maximize must be True or False, got {tower.maximize!r}")
     if tower.per not in PER:
         raise ValueError(f"per = {tower.per!r} is none of {', '.join(PER)}")
     if tower.strategy not in STRATEGIES:
@@ -317,6 +324,21 @@ def _check_options(tower: Hyper) -> None:
         raise ValueError(
             f"strategy='graph' keeps the graph of one update, got horizon = {tower.horizon!r}: give horizon=1, or strategy='tangents'"
         )
+
+
+def _names(learn: Any) -> tuple[str, ...] | str | None:
+    if learn is None or learn == "all":
+        return learn
+    names = (learn,) if isinstance(learn, str) else tuple(learn) if isinstance(learn, Iterable) else (learn,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"learn = {learn!r} must be a name, names, or 'all', as in learn=('lr', 'beta1')")
+    return names
+
+
+def _domains(domains: Any) -> dict[str, Domain]:
+    if not isinstance(domains, Mapping | None):
+        raise TypeError(f"domains = {domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
+    return dict(domains or {})
 
 
 def _numbers(value: float | Mapping[str, float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -201,7 +202,48 @@ def test_an_assigned_tensor_of_another_shape_raises_and_changes_nothing(value):
     assert_goes_on_as(model, optimizer, twin, other)
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("tower", [Hyper(Adam), CHAIN], ids=str)
+def test_a_tensor_outside_the_domain_is_ignored(tower, value):
+    model, optimizer = trained(tower)
+    twin, other = copy.deepcopy((model, optimizer))
+    optimizer.param_groups[0]["lr"].fill_(value)
+    other.param_groups[0]["lr"].fill_(float(other.param_groups[0]["lr"]))
+    for m, o in ((model, optimizer), (twin, other)):
+        backward(m, 5)
+        o.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert float(optimizer.param_groups[0]["lr"]) == float(other.param_groups[0]["lr"]) > 0
+
+
+def test_betas_assigned_to_a_group_name_the_remedy():
+    model, optimizer = trained()
+    optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+    backward(model, 9)
+    with pytest.raises(ValueError, match="assign 'beta1' and 'beta2'"):
+        optimizer.step()
+
+
 # ---- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda given: given["state"][0].update(m=torch.ones(5, 7)), r"'m' has shape \(5, 7\) for a parameter"),
+        (lambda given: given["param_groups"][0].pop("lr"), "has no lr"),
+        (lambda given: given["param_groups"][0]["tower"].pop("shapes"), "a part of it is missing"),
+        (lambda given: given.pop("state"), "a part of it is missing"),
+    ],
+)
+def test_a_spoiled_checkpoint_raises_and_changes_nothing(spoil, message):
+    model, optimizer = trained()
+    given = copy.deepcopy(optimizer.state_dict())
+    spoil(given)
+    twin, other = copy.deepcopy((model, optimizer))
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(given)
+    assert_goes_on_as(model, optimizer, twin, other)
 
 
 def wider():

@@ -9,7 +9,8 @@ from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
 from hyperopt import SGD, Adam, AdamW, Hyper, Positive, guards
-from hyperopt.tower import TRUST, TRUST_ABOVE
+from hyperopt.rule import Rule
+from hyperopt.tower import TRUST_ABOVE
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
 ALL = Hyper(Adam, lr=1e-3, learn="all").stack(Adam)
@@ -277,7 +278,7 @@ def relative_changes(model, optimizer, steps):
         yield float((new - old).norm() / old.norm())
 
 
-TRUSTED = {
+Rule.trustED = {
     "displacement": {"rule": Adam},
     "tangents": {"rule": Adam, "learn": "all"},
     "graph": {"rule": Adam, "horizon": 1, "strategy": "graph"},
@@ -290,7 +291,7 @@ TRUSTED = {
 
 
 @pytest.mark.parametrize("trust", [0.1, 0.01])
-@pytest.mark.parametrize("options", TRUSTED.values(), ids=TRUSTED)
+@pytest.mark.parametrize("options", Rule.trustED.values(), ids=Rule.trustED)
 def test_the_relative_change_of_the_weights_never_exceeds_trust(options, trust):
     model, optimizer = bound(Hyper(**options, lr=1e2, trust=trust).stack(SGD), torch.float64)
     changes = list(relative_changes(model, optimizer, range(8)))
@@ -357,7 +358,7 @@ def test_a_zero_initialised_group_can_start(rule, lr):
         (w - target).square().sum().backward()
         optimizer.step()
         if step == 0:
-            assert 0 < float(w.detach().norm()) <= TRUST * 0.01 * 50**0.5 * (1 + 1e-5)
+            assert 0 < float(w.detach().norm()) <= Rule.trust * 0.01 * 50**0.5 * (1 + 1e-5)
     assert float((w.detach() - target).norm() / target.norm()) < 0.2
 
 
@@ -383,7 +384,7 @@ def test_extreme_gradients_leave_finite_numbers(g):
     before = w.detach().clone()
     optimizer.step()
     assert w.isfinite().all()
-    assert float((w.detach() - before).norm() / before.norm()) <= TRUST * (1 + 1e-5)
+    assert float((w.detach() - before).norm() / before.norm()) <= Rule.trust * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("tower", [Hyper(Adam), Hyper(Adam, trust=None).stack(Adam), Hyper(Adam).stack(Adam)], ids=str)
@@ -531,3 +532,27 @@ def test_a_copy_of_a_guarded_run_is_guarded():
     assert differences(before, [p.detach() for p in fresh.parameters()]) == []
     assert again.skipped["gradients"] == 1
     assert optimizer.skipped["gradients"] == 0
+
+
+@pytest.mark.parametrize("tower", [Hyper(SGD, lr=10.0), Hyper(SGD, lr=10.0, trust=None).stack(Adam), Hyper(Adam).stack(SGD)], ids=str)
+@pytest.mark.parametrize("g", [(3e38, math.inf, 0.0), (3e38, 3e38, 3e38), (-3e38, math.nan, 3e38)])
+def test_a_step_left_out_keeps_every_bit_where_the_update_would_overflow(tower, g):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = tower.bind([w])
+    for _ in range(3):
+        w.grad = torch.tensor([0.01, 0.02, 0.03])
+        optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[w].items()} | {"w": w.detach().clone()}
+    w.grad = torch.tensor(g)
+    optimizer.step()
+    assert optimizer.skipped["gradients"] == 1
+    assert differences(before, {**optimizer.state[w], "w": w.detach()}) == []
+
+
+def test_a_group_of_empty_tensors_keeps_its_lr():
+    w = nn.Parameter(torch.ones(0, 3))
+    optimizer = Hyper(SGD).stack(Adam).bind([w])
+    for _ in range(3):
+        w.grad = torch.ones(0, 3)
+        optimizer.step()
+    assert values(optimizer) == pytest.approx(1e-3)

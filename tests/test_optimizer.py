@@ -48,7 +48,7 @@ def test_it_is_a_torch_optimizer():
 
 
 ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay")
-STEEP = ("lr", "momentum", "weight_decay")
+STEEP = ("lr", "momentum", "dampening", "weight_decay")
 
 
 def keys(*nodes, groups=("",)):

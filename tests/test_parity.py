@@ -1,6 +1,7 @@
-"""Every rule against torch.optim, alone and held by a level above that moves nothing."""
+"""Every rule against torch.optim, or pytorch-optimizer, or its paper, alone and held by a level above that moves nothing."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from hyperopt import SGD, Hyper
 
-STEPS = 50
 PRECISION = {torch.float32: 1e-6, torch.float64: 1e-10}
 FLAT, MIXED = 2**18, 100  # from how many elements on a tensor is stepped where it is: none of them, or the two largest
 
@@ -41,9 +41,20 @@ def network(dtype):
     return model.to(dtype).to(memory_format=torch.channels_last)
 
 
-def train(model, optimizer, dtype):
+@contextmanager
+def scalars_in(dtype):
+    """torch keeps NAdam's product in the default dtype, whatever the parameters have: in float32 it is off by 1e-7."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def train(model, optimizer, dtype, steps):
     batches = torch.Generator().manual_seed(2)
-    for _ in range(STEPS):
+    for _ in range(steps):
         x = torch.rand(16, 3, 6, 6, generator=batches, dtype=dtype)
         x[:, 1] = 0
         y = torch.randint(5, (16,), generator=batches)
@@ -53,15 +64,20 @@ def train(model, optimizer, dtype):
 
 
 @pytest.mark.parametrize(("tower", "large"), WAYS, ids=lambda way: getattr(way, "__name__", way))
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.torch], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in CASES if case.torch for dtype in PRECISION if case.float32 or dtype == torch.float64],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_equal_to_torch(case, dtype, tower, large, monkeypatch):
     monkeypatch.setattr("hyperopt.group.LARGE", large)
     start = network(dtype)
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
     assert not ours[0].weight.is_contiguous()
-    train(ours, tower(case).bind(ours.parameters()), dtype)
-    train(theirs, case.peer(theirs.parameters()), dtype)
+    steps = 100 if tower is alone and dtype == torch.float64 else 50
+    train(ours, tower(case).bind(ours.parameters()), dtype, steps)
+    with scalars_in(dtype):
+        train(theirs, case.peer(theirs.parameters()), dtype, steps)
     p0, p, q = (torch.cat([w.detach().flatten() for w in model.parameters()]) for model in (start, ours, theirs))
     assert (p - q).norm() <= PRECISION[dtype] * q.norm()
     assert (q - p0).norm() > 0.1 * p0.norm(), "too little moved for the comparison to mean anything"

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, UnitInterval, tower
+from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, Rule, UnitInterval, hyper, tower
 
 # ---- structure
 
@@ -91,7 +92,7 @@ def test_default_step_sizes_above_level_0():
 def test_default_trust_and_horizon():
     chain = Hyper(Adam).stack(SGD)
     (above,) = chain.above.values()
-    assert (chain.horizon, chain.trust_at(0), above.trust_at(1)) == (1000, tower.TRUST, tower.TRUST_ABOVE)
+    assert (chain.horizon, chain.trust_at(0), above.trust_at(1)) == (1000, 0.03, tower.TRUST_ABOVE)
     assert Hyper(Adam, trust=None).trust_at(0) is None
 
 
@@ -298,7 +299,7 @@ def test_text_that_is_no_tower_is_a_value_error(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("__import__('os')", "'__import__' in .* is not a rule: there are SGD, Adam, AdamW"),
+        ("__import__('os')", "'__import__' in .* is not a rule: there are .*SGD, .*Adam, AdamW"),
         ("Lion9 / SGD", "'Lion9' in 'Lion9 / SGD' is not a rule"),
         ("Adam(0.1)", r"every value needs its name, as in Adam\(lr=0.001\)"),
         ("Adam(lr=", "is not a tower.*write one as in 'Adam"),
@@ -315,6 +316,9 @@ def test_messages_of_parse(text, message):
 
 
 VALUE_ERRORS = [
+    (lambda: Hyper.parse("SGD(momentum=0.9, nesterov=false)"), "nesterov.* must be True or False, got 'false'"),
+    (lambda: Hyper(Adam, betas=(0.9, 0.99), beta1=0.5), "betas was given beside beta1 or beta2"),
+    (lambda: Hyper(torch.optim.SGD([torch.ones(1)], lr=0.1), lr=0.5), "lr was given for a live optimizer.*its param_groups"),
     (lambda: Hyper(Adam, lr=-0.5), r"Adam\(lr\) = -0.5 is outside its domain Positive\(\): give at least 0"),
     (lambda: Hyper(SGD, lr=math.nan), r"SGD\(lr\) = nan is outside its domain"),
     (lambda: Hyper(SGD, lr=math.inf), r"SGD\(lr\) = inf is outside its domain"),
@@ -361,7 +365,7 @@ VALUE_ERRORS = [
     (lambda: Hyper(Adam, learn="lr").stack(SGD, lr={"lr": 1.0, "beta1": 1.0}), "name the same"),
     (lambda: Hyper(Adam).stack(lr=Hyper(SGD, lr={"lr": 1.0, "beta1": 1.0}), beta2=SGD), "name the same"),
     (lambda: Hyper(Adam, learn=("lr", "beta1")).stack(lr=SGD, eps=SGD), "learn=.*does not match the branches"),
-    (lambda: Hyper(torch.optim.LBFGS), "there is no rule for torch.optim.LBFGS; there are SGD, Adam"),
+    (lambda: Hyper(torch.optim.LBFGS), "there is no rule for torch.optim.LBFGS; there are .*SGD, .*Adam"),
 ]
 
 
@@ -372,6 +376,14 @@ def test_value_errors(make, message):
 
 
 TYPE_ERRORS = [
+    (lambda: Hyper(SGD, momentum=0.9, nesterov="yes"), r"SGD\(nesterov\) must be True or False, got 'yes'"),
+    (lambda: Hyper(SGD, maximize="yes"), "maximize must be True or False, got 'yes'"),
+    (lambda: Hyper(SGD, learn=3), r"learn = 3 must be a name, names, or 'all'"),
+    (lambda: Hyper(SGD, domains=[Real()]), "domains = .* must be a mapping from names to domains"),
+    (lambda: Hyper(SGD).stack(Hyper(SGD), lr=0.1), "lr was given beside a finished level: write it there"),
+    (lambda: Hyper.parse(3), "a tower is read from text such as 'Adam.*got 3"),
+    (lambda: Hyper(SGD).bind(torch.nn.Linear(2, 2)), r"got Linear: pass model.parameters\(\)"),
+    (lambda: Hyper(SGD).bind([torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]), "dtype torch.float8_e4m3fn cannot be trained"),
     (lambda: Hyper(Adam, lr="fast"), r"Adam\(lr\) must be a number, got 'fast'"),
     (lambda: Hyper(Adam, lr=True), r"Adam\(lr\) must be a number, got True"),
     (lambda: Hyper(Adam, lr=None), r"Adam\(lr\) must be a number, got None"),
@@ -421,3 +433,19 @@ def test_real_makes_a_boundary_value_learnable_as_the_message_promises():
 def test_hyper_every_must_be_a_whole_number(k):
     with pytest.raises(ValueError, match=r"hyper_every = .* must be a whole number of steps, at least 1"):
         Hyper(SGD).bind([torch.nn.Parameter(torch.ones(2))], hyper_every=k)
+
+
+def test_a_rule_of_the_users_own_is_found_by_name():
+    @dataclass(frozen=True)
+    class Signed(Rule):
+        lr: float = hyper(1e-3, Positive())
+
+        def init(self, x):
+            return {}
+
+        def update(self, x, g, state, h, t):
+            return x - h.lr * g.sign(), {}
+
+    made = Hyper(Signed, lr=0.1).stack(Adam)
+    assert str(made) == "Signed(lr=0.1) / Adam"
+    assert Hyper.parse(str(made)) == made

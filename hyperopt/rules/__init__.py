@@ -1,6 +1,39 @@
 """The rules, one a file."""
 
+from .adadelta import Adadelta
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adamax import Adamax
+from .adan import Adan
+from .adashift import AdaShift
+from .adopt import ADOPT
+from .exponent import Exponent, Padam
+from .lion import Lion
+from .nadam import NAdam
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .schedule_free import ScheduleFree
 from .sgd import SGD
+from .unified import Unified
+from .yogi import Yogi
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = [
+    "ADOPT",
+    "SGD",
+    "AdaShift",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Adan",
+    "Exponent",
+    "Lion",
+    "NAdam",
+    "Padam",
+    "RAdam",
+    "RMSprop",
+    "ScheduleFree",
+    "Unified",
+    "Yogi",
+]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from ..rule import Rule, State, Values, hyper, root, square
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adaptive moments, with coupled or decoupled weight decay, as `torch.optim.Adam` and `AdamW`.
+    """Adaptive moments, with coupled or decoupled weight decay and AMSGrad, as `torch.optim.Adam` and `AdamW`.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
         m = beta1·m + (1 − beta1)·g
         v = beta2·v + (1 − beta2)·g²
+        v_max = max(v_max, v)               (amsgrad alone, and v_max in place of v below)
         x = x − lr·m̂ / (√v̂ + eps),          m̂ = m / (1 − beta1^t),  v̂ = v / (1 − beta2^t)
 
     Args:
@@ -25,12 +27,14 @@ class Adam(Rule):
         eps: added to the root after the correction, where torch has it, default 1e-8.
         weight_decay: at least 0, default 0.
         decoupled: decay the weights themselves (AdamW) instead of adding to the gradient.
+        amsgrad: divide by the largest second moment so far, before its correction, as torch does.
         bias_correction: divide the moments by 1 − beta^t; without it m̂ = m and v̂ = v.
 
     Raises:
         ValueError: a value outside its domain, or a beta of 1 with bias correction.
 
-    Source: Kingma and Ba 2015 (arXiv 1412.6980); Loshchilov and Hutter 2019 (arXiv 1711.05101); torch.optim.Adam.
+    Source: Kingma and Ba 2015 (arXiv 1412.6980); Loshchilov and Hutter 2019 (arXiv 1711.05101); Reddi, Kale and Kumar 2018
+    (arXiv 1904.09237) for AMSGrad; torch.optim.Adam.
 
     >>> from hyperopt import SGD, Adam, Hyper
     >>> Hyper(Adam, lr=3e-3).stack(SGD)
@@ -43,7 +47,9 @@ class Adam(Rule):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     decoupled: bool = False
+    amsgrad: bool = False
     bias_correction: bool = True
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,21 +57,26 @@ class Adam(Rule):
             raise ValueError("Adam(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
-        return {"m": x.new_zeros(x.shape), "v": x.new_zeros(x.shape)}
+        names = ["v"] + ["m"] * (self.beta1 != 0) + ["v_max"] * self.amsgrad
+        return {name: x.new_zeros(x.shape) for name in names}
 
     def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         if self.weight_decay != 0 and not self.decoupled:
             g = g + h.weight_decay * x
-        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
         v = torch.lerp(state["v"], square(g), h.one_minus("beta2"))
-        step, eps = h.lr, h.eps
+        m, new, step, eps = g, {"v": v}, h.lr, h.eps
+        if self.amsgrad:
+            v = new["v_max"] = torch.maximum(state["v_max"], v)
         if self.bias_correction:
             # m̂ / (√v̂ + eps) with both corrections moved to the scalars: one pass over the weights less.
             root_bias2 = h.one_minus_power("beta2", t).sqrt()
-            step, eps = h.lr * root_bias2 / h.one_minus_power("beta1", t), h.eps * root_bias2
+            step, eps = step * root_bias2, eps * root_bias2
+        if self.beta1 != 0:
+            m = new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            step = step / h.one_minus_power("beta1", t) if self.bias_correction else step
         if self.decoupled and self.weight_decay != 0:
             x = x * self.shrink(h)
-        return x - step * m / (root(v) + eps), {"m": m, "v": v}
+        return x - step * m / (root(v) + eps), new
 
     def linear_in_lr(self) -> bool:
         return self.decoupled or self.weight_decay == 0

@@ -1,0 +1,75 @@
+"""NAdam."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..domains import Positive, UnitInterval
+from ..rule import Rule, State, Values, hyper, root, square
+
+
+@dataclass(frozen=True)
+class NAdam(Rule):
+    """Adam with Nesterov's momentum, which warms up, and coupled or decoupled weight decay, as `torch.optim.NAdam`.
+
+        g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
+        m = beta1·m + (1 − beta1)·g
+        v = beta2·v + (1 − beta2)·g²
+        μ_t = beta1·(1 − 0.96^(t·momentum_decay) / 2),  p = μ_1·…·μ_t
+        m̂ = μ_{t+1}·m / (1 − p·μ_{t+1}) + (1 − μ_t)·g / (1 − p)
+        x = x − lr·m̂ / (√v̂ + eps),          v̂ = v / (1 − beta2^t)
+
+    Args:
+        lr: step size, default 2e-3 (above level 0: 0.1, in raw space).
+        beta1, beta2: decays of the moments, in [0, 1), default 0.9 and 0.999.
+        eps: added to the root after the correction, where torch has it, default 1e-8.
+        weight_decay: at least 0, default 0.
+        momentum_decay: how fast μ comes up from beta1/2 to beta1, at least 0, default 4e-3.
+        decoupled: decay the weights themselves instead of adding to the gradient; torch's decoupled_weight_decay.
+
+    Raises:
+        ValueError: a value outside its domain, or a beta of 1.
+
+    Source: Dozat 2016; torch.optim.NAdam.
+
+    >>> from hyperopt import SGD, Hyper, NAdam
+    >>> Hyper(NAdam, learn=("lr", "momentum_decay")).stack(SGD)
+    Hyper('NAdam(learn=(lr, momentum_decay)) / SGD')
+    """
+
+    lr: float = hyper(2e-3, Positive(), above=0.1)
+    beta1: float = hyper(0.9, UnitInterval())
+    beta2: float = hyper(0.999, UnitInterval())
+    eps: float = hyper(1e-8, Positive())
+    weight_decay: float = hyper(0.0, Positive())
+    momentum_decay: float = hyper(4e-3, Positive())
+    decoupled: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 1 in (self.beta1, self.beta2):
+            raise ValueError("NAdam(beta1 or beta2 = 1) never moves or divides by 1 - beta2^t = 0: give a beta below 1")
+
+    def init(self, x: Tensor) -> State:
+        # The product has no closed form while beta1 moves; where beta1 has a value per coordinate, so has the product.
+        return {"m": x.new_zeros(x.shape), "v": x.new_zeros(x.shape), "p": x.new_ones(x.shape)}
+
+    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        if self.weight_decay != 0 and not self.decoupled:
+            g = g + h.weight_decay * x
+        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
+        v = torch.lerp(state["v"], square(g), h.one_minus("beta2"))
+        mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (s * h.momentum_decay)) for s in (t, t + 1))
+        p = state["p"] * mu
+        m_hat = mu_next / (1 - p * mu_next) * m + (1 - mu) / (1 - p) * g
+        denominator = root(v) / h.one_minus_power("beta2", t).sqrt() + h.eps
+        if self.decoupled and self.weight_decay != 0:
+            x = x * self.shrink(h)
+        return x - h.lr * m_hat / denominator, {"m": m, "v": v, "p": p}
+
+    def linear_in_lr(self) -> bool:
+        return self.decoupled or self.weight_decay == 0
+
+    def shrink(self, h: Values) -> Tensor | float:
+        return 1 - h.lr * h.weight_decay if self.decoupled and self.weight_decay != 0 else 1.0

@@ -1,0 +1,84 @@
+"""Schedule-Free: averaging of the weights inside the rule, in place of a learning rate schedule."""
+
+import dataclasses
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..domains import UnitInterval
+from ..rule import Rule, State, Values, hyper
+
+
+@cache
+def ScheduleFree(base: Any) -> type[Rule]:
+    """The rule that steps z with `base`, takes gradients at y and evaluates at x, the average of z.
+
+        z = z − lr·(d(g) + weight_decay·y)       d: the displacement of `base`, its first moment off
+        x = x + c·(z − x),                       c = lr² / (sum of lr² so far)
+        y = beta1·x + (1 − beta1)·z              the model's parameters
+
+    The hyperparameters are those of `base`, but for the first moment, whose place `beta1` takes (default 0.9); none of
+    beta1 and weight_decay is learned unless named, as training gradients alone push them to their limits. Evaluate under
+    `with optimizer.averaged():`. Where lr changes, x's weight is lr² here and the largest lr² so far in the authors' package.
+
+    Args:
+        base: a rule with a first moment, such as Adam or SGD; its class.
+
+    Raises:
+        TypeError: a rule without a first moment.
+
+    Source: Defazio et al. 2024 (arXiv 2405.15682).
+
+    >>> from hyperopt import Adam, Hyper, ScheduleFree
+    >>> Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam)
+    Hyper('ScheduleFree(Adam)(lr=0.01) / Adam')
+    """
+    plain = base()
+    if not isinstance(plain, Rule) or not plain.first_moment:
+        raise TypeError(f"ScheduleFree takes a rule with a first moment, such as Adam or SGD, got {base!r}")
+    kept = plain.declared().keys() - {"beta1", *plain.first_moment}
+    own = [f for f in dataclasses.fields(plain) if f.name in kept]
+    fields: list[Any] = [(f.name, f.type, dataclasses.field(default=getattr(plain, f.name), metadata=f.metadata)) for f in own]
+    name = f"ScheduleFree({getattr(base, '__name__', type(plain).__name__)})"
+    fields.append(("beta1", float, hyper(0.9, UnitInterval())))
+    return dataclasses.make_dataclass(name, fields, bases=(_ScheduleFree,), frozen=True, namespace={"base": base, "__module__": __name__})
+
+
+class _ScheduleFree(Rule):
+    # z moves farther than the weights y: on MNIST validation data 0.03 ends at 4.7 to 5.4 %, 0.1 at 2.3 to 2.8 %.
+    trust: ClassVar[float] = 0.1
+    moves: ClassVar[str] = "z"
+    average: ClassVar[str] = "average"
+    base: ClassVar[Any]
+    if TYPE_CHECKING:
+        weight_decay: float
+
+    @property
+    def inner(self) -> Rule:
+        """`base` with this rule's values, no first moment and no weight decay, which is taken at y."""
+        plain = self.base()
+        values = {n: getattr(self, n) for n in plain.declared() if hasattr(self, n)}
+        return dataclasses.replace(plain, **{**values, **dict.fromkeys((*plain.first_moment, "weight_decay"), 0.0)})
+
+    def init(self, x: Tensor) -> State:
+        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(())}
+
+    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        own = {key: state[key] for key in state if key not in ("z", "average", "weight")}
+        z, own = self.inner.update(state["z"], g, own, h, t)
+        if self.weight_decay != 0:
+            z = z - h.lr * h.weight_decay * x
+        squared = h.lr * h.lr
+        weight = state["weight"] + squared
+        average = torch.lerp(state["average"], z, squared / weight.clamp_min(torch.finfo(weight.dtype).tiny))
+        return torch.lerp(z, average, h.beta1), {**own, "z": z, "average": average, "weight": weight}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class was made by a call, and is found again by the same call.
+        return _make, (self.base, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+def _make(base: Any, values: dict[str, Any]) -> Rule:
+    return ScheduleFree(base)(**values)

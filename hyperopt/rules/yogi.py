@@ -1,0 +1,65 @@
+"""Yogi."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..domains import Positive, UnitInterval
+from ..rule import Rule, State, Values, hyper, root, square
+
+
+@dataclass(frozen=True)
+class Yogi(Rule):
+    """Adam whose second moment changes by (1 − beta2)·g² at most, whatever its size: it grows fast and shrinks slowly.
+
+        m = beta1·m + (1 − beta1)·g
+        v = v − (1 − beta2)·sign(v − g²)·g²
+        x = x − lr·m / (√v + eps)           (bias_correction: m̂ and v̂, as in Adam)
+
+    Args:
+        lr: step size, default 1e-2 (above level 0: 0.1, in raw space).
+        beta1, beta2: decays of the moments, in [0, 1), default 0.9 and 0.999.
+        eps: added to the root, default 1e-3.
+        v0: the second moment before the first step, fixed, default 0.
+        bias_correction: divide the moments by 1 − beta^t; the paper does not.
+
+    Raises:
+        ValueError: a value outside its domain, or a beta of 1 with bias correction.
+
+    Source: Zaheer et al. 2018, Adaptive Methods for Nonconvex Optimization (NeurIPS), Algorithm 2.
+
+    >>> from hyperopt import Adam, Hyper, Yogi
+    >>> Hyper(Yogi, v0=1e-6).stack(Adam)
+    Hyper('Yogi(v0=1e-06) / Adam')
+    """
+
+    lr: float = hyper(1e-2, Positive(), above=0.1)
+    beta1: float = hyper(0.9, UnitInterval())
+    beta2: float = hyper(0.999, UnitInterval())
+    eps: float = hyper(1e-3, Positive())
+    v0: float = 0.0
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias_correction and 1 in (self.beta1, self.beta2):
+            raise ValueError("Yogi(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
+        if not self.v0 >= 0:
+            raise ValueError(f"Yogi(v0 = {self.v0!r}) is a second moment: give a number of at least 0")
+
+    def init(self, x: Tensor) -> State:
+        return {"m": x.new_zeros(x.shape), "v": x.new_full(x.shape, self.v0)}
+
+    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        u = square(g)
+        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
+        v = state["v"] - h.one_minus("beta2") * (state["v"] - u).sign() * u
+        step, eps = h.lr, h.eps
+        if self.bias_correction:
+            root_bias2 = h.one_minus_power("beta2", t).sqrt()
+            step, eps = h.lr * root_bias2 / h.one_minus_power("beta1", t), h.eps * root_bias2
+        return x - step * m / (root(v) + eps), {"m": m, "v": v}
+
+    def linear_in_lr(self) -> bool:
+        return True
