@@ -122,7 +122,7 @@ def test_a_level_on_top_learns_its_lr(kind, values):
 
 @every_class
 def test_bfloat16_and_absent_gradients(kind):
-    model, optimizer, twin, other = live(kind, dtype=torch.bfloat16)
+    model, optimizer, _, _ = live(kind, dtype=torch.bfloat16)
     taken = Hyper(optimizer).bind()
     backward(model, 5)
     for p in list(model.parameters())[1:]:
