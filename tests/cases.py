@@ -149,13 +149,6 @@ CASES = (
     Case("adamw-amsgrad", AdamW(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, amsgrad=True), (*ADAM, "weight_decay"), torch_adamw),
     Case("nadam-decay", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05, momentum_decay=0.1), NADAM, torch_peer),
     Case("nadam-decoupled", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5, momentum_decay=0.1, decoupled=True), NADAM, torch_peer),
-    Case(
-        "radam",
-        RAdam(lr=0.02),
-        ("lr", "beta1"),
-        torch_peer,
-        "the logit of 0.999 in float32 is off by 1e-5 of 1 - beta2, of which r is the root; eps = 1e-8 is too small, weight_decay is 0",
-    ),
     Case("radam-decay", RAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05), (*ADAM, "weight_decay"), torch_peer, steps=9),
     Case(
         "radam-decoupled",

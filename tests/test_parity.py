@@ -9,7 +9,7 @@ from cases import CASES
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hyperopt import SGD, Hyper
+from hyperopt import SGD, Hyper, RAdam, Values
 
 PRECISION = {torch.float32: 1e-6, torch.float64: 1e-10}
 FLAT, MIXED = 2**18, 100  # from how many elements on a tensor is stepped where it is: none of them, or the two largest
@@ -82,3 +82,16 @@ def test_equal_to_torch(case, dtype, tower, large, monkeypatch):
     assert (p - q).norm() <= PRECISION[dtype] * q.norm()
     assert (q - p0).norm() > 0.1 * p0.norm(), "too little moved for the comparison to mean anything"
     assert ours[0].weight.stride() == start[0].weight.stride()
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999])
+def test_rectification_keeps_its_digits_in_float32(beta2):
+    """RAdam's ρ is the difference of two numbers near 2 / (1 − beta2), of which float32 leaves three digits."""
+    h = Values(lambda _: torch.tensor(beta2), lambda _: torch.tensor(1 - beta2))
+    limit = 2 / (1 - beta2) - 1
+    for t in (1, 5, 6, 7, 20, 1000):
+        rho = limit - 2 * t * beta2**t / (1 - beta2**t)
+        rectified, r = RAdam()._rectification(h, torch.tensor(float(t)))
+        assert bool(rectified) == (rho > 5)
+        if rectified:
+            assert float(r) == pytest.approx(((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5, rel=1e-6)
