@@ -84,10 +84,10 @@ def main(
     path = out / "robustness_mnist.json"
     result = json.loads(path.read_text()) if path.exists() else {**provenance.stamp(), "epochs": epochs, "runs": {}}
     runs = result["runs"]
-    todo = [(m, lr, s) for m in METHODS for lr in STARTS for s in range(seeds) if key(m, lr, s) not in runs]
-    if todo and not figures:
+    missing = [(m, lr, s) for m in METHODS for lr in STARTS for s in range(seeds) if key(m, lr, s) not in runs]
+    if missing and not figures:
         images = data.load("mnist")
-        for method, lr, seed in tqdm(todo, unit="run"):
+        for method, lr, seed in tqdm(missing, unit="run"):
             runs[key(method, lr, seed)] = train(METHODS[method].format(lr=lr), images, seed, epochs)
             path.write_text(json.dumps(result, indent=1) + "\n")
     draw(runs, seeds, provenance.caption(result), path.with_suffix(".png"))

@@ -86,12 +86,12 @@ def census():
     """The number of live tensors, of their elements, and of the autograd nodes that they keep alive."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-    nodes, todo = set(), [t.grad_fn for t in tensors if t.grad_fn is not None]
-    while todo:
-        node = todo.pop()
+    nodes, waiting = set(), [t.grad_fn for t in tensors if t.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
         if node not in nodes:
             nodes.add(node)
-            todo += [other for other, _ in node.next_functions if other is not None]
+            waiting += [other for other, _ in node.next_functions if other is not None]
     return len(tensors), sum(t.numel() for t in tensors), len(nodes)
 
 
