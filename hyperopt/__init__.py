@@ -1,8 +1,11 @@
 """Optimizers that learn their own hyperparameters while they train a model, in towers and trees of any height."""
 
+from .batch_norm import batch_statistics
 from .domains import Domain, Interval, Positive, Real, UnitInterval
+from .feasible import Ball, Box
 from .optimizable import Optimizable
 from .optimizer import HyperOptimizer
+from .recommended import auto
 from .record import Recorder
 from .rule import Rule, Values, hyper
 from .rules import (
@@ -15,6 +18,7 @@ from .rules import (
     AdamW,
     Adan,
     AdaShift,
+    Averaged,
     Exponent,
     Lion,
     NAdam,
@@ -37,6 +41,9 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "Averaged",
+    "Ball",
+    "Box",
     "Domain",
     "Exponent",
     "Hyper",
@@ -57,5 +64,7 @@ __all__ = [
     "UnitInterval",
     "Values",
     "Yogi",
+    "auto",
+    "batch_statistics",
     "hyper",
 ]

@@ -1,5 +1,6 @@
-"""Taking over a live `torch.optim.Optimizer`: its rule, its groups, its values and its state."""
+"""Taking over a live `torch.optim.Optimizer`: its rule, its groups, its values and its state; or driving it, where it has no rule here."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from .rule import Rule
 from .rules import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from .rules.black_box import BlackBox
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,15 @@ COUNTERPARTS: dict[type[Optimizer], Counterpart] = {
 
 
 def rule_of(optimizer: Optimizer) -> Rule:
-    """The rule of this library that does what `optimizer` does, with the values of its first group.
+    """The rule of this library that does what `optimizer` does, with the values of its first group; a black box if none does.
 
     Raises:
-        ValueError: no rule does.
+        ValueError: groups that differ in what is one option here, or an optimizer that cannot be driven.
     """
-    counterpart = _counterpart(optimizer)
     first = optimizer.param_groups[0]
+    if type(optimizer) not in COUNTERPARTS:
+        return _black_box(optimizer)
+    counterpart = COUNTERPARTS[type(optimizer)]
     for group in optimizer.param_groups:
         for name, value in ONLY.items():
             if group.get(name, value) != value:
@@ -74,7 +78,9 @@ def groups_of(optimizer: Optimizer, rule: Rule) -> list[dict[str, Any]]:
 
 def state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
     """A copy of the state of `optimizer`, by parameter and under the rule's names."""
-    counterpart = _counterpart(optimizer)
+    counterpart = COUNTERPARTS.get(type(optimizer))
+    if counterpart is None:
+        return {}
     out: dict[Tensor, dict[str, Tensor]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -96,13 +102,61 @@ def state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
     return out
 
 
-def _counterpart(optimizer: Optimizer) -> Counterpart:
-    if type(optimizer) not in COUNTERPARTS:
-        known = ", ".join(cls.__name__ for cls in COUNTERPARTS)
+def _black_box(optimizer: Optimizer) -> BlackBox:
+    name = type(optimizer).__name__
+    if hasattr(optimizer, "hyperparameters"):
         raise ValueError(
-            f"there is no rule for {type(optimizer).__module__}.{type(optimizer).__name__}: there are rules for torch's {known}"
+            f"{name} is a bound tower already: stack levels on the tower before it is bound, Hyper(Adam).stack(Adam).stack(SGD)"
         )
-    return COUNTERPARTS[type(optimizer)]
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{name}.step needs a closure and evaluates the model by itself: it cannot be driven by its displacement")
+    for group in optimizer.param_groups:
+        if not isinstance(group.get("lr"), (float, int, Tensor)) or not float(group["lr"]) > 0:
+            raise ValueError(f"{name} has a group with lr = {group.get('lr')!r}: only an lr above 0 can be learned by displacement")
+        if bool(group.get("maximize")) != bool(optimizer.param_groups[0].get("maximize")):
+            raise ValueError("the groups differ in maximize, which is one option for the whole tower here: give each its own optimizer")
+    return BlackBox(lr=float(optimizer.param_groups[0]["lr"]), optimizer=name)
+
+
+# At a smaller lr a displacement of float32 weights near 0.1 loses digits, and at 1e-8 all of them.
+RESOLVED = 1e-3
+
+
+class Driven:
+    """A live optimizer that is asked for its displacement and leaves the weights where they are.
+
+    It steps with an lr of its own, which does not change, so that an lr that is learned never has to be read on the host.
+
+    Args:
+        optimizer: it keeps its state, and its hyperparameters other than lr.
+        resolve: raise its lr to one at which displacements have enough digits; for optimizers that are linear in lr.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, resolve: bool) -> None:
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = max(float(group["lr"]), RESOLVED) if resolve else float(group["lr"])
+
+    def directions(self) -> dict[Tensor, Tensor]:
+        """(x − x₁)/lr₁ for every parameter that has a gradient, where a step would take x to x₁."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        self.optimizer.step()
+        rates = {p: group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+        found = {p: (x - p.detach()) / rates[p] for p, x in zip(params, before, strict=True)}
+        torch._foreach_copy_(params, before)  # pyright: ignore[reportPrivateImportUsage]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's optimizers copy and pickle their groups and state alone, not what a class of somebody else sets in its __init__.
+        torchs = vars(Optimizer([torch.zeros(())], {})).keys() | {"step"}  # "step": a scheduler's wrapper
+        own = {name: value for name, value in vars(self.optimizer).items() if name not in torchs}
+        return {"optimizer": self.optimizer, "own": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer = state["optimizer"]
+        vars(self.optimizer).update(state["own"])
 
 
 def _values(rule: Rule, group: Mapping[str, Any]) -> dict[str, float]:

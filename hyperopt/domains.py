@@ -12,13 +12,14 @@ def complement(value: Tensor) -> Tensor:
     """1 − value, for the decimal that was meant.
 
     float32 holds 0.99900001 for 0.999, so that 1 − value is off by 1e-5 of itself. Where a decimal of seven digits rounds to
-    the same float32, it is taken instead.
+    the same float32, it is taken instead; the derivative stays −1.
     """
     exact = 1 - value
     if value.dtype == torch.float64:
         return exact
     decimal = (exact * 1e7).round() / 1e7
-    return torch.where(1 - decimal == value, decimal, exact)
+    # Added, as rounding has the derivative 0; the difference of two numbers so close is exact, and so is the sum.
+    return exact + torch.where(1 - decimal == value, decimal - exact, 0.0).detach()
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,30 @@ class Domain(ABC):
 
 @dataclass(frozen=True)
 class Positive(Domain):
-    """Positive numbers, learned through their logarithm: value = exp(raw)."""
+    """Positive numbers, learned through their logarithm: value = exp(scale·raw).
+
+    Args:
+        scale: how far log value moves for a move of 1 of the raw number, above 0; default 1, as it suits lr, whose good values
+            spread over decades. Exponents, which spread over factors, are learned with 0.1.
+
+    Raises:
+        ValueError: a scale that is not above 0, or not finite.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"Positive({self.scale!r}): give a finite scale above 0")
 
     def value(self, raw: Tensor) -> Tensor:
-        return raw.exp()
+        return self._log(raw).exp()
 
     def raw(self, value: Tensor) -> Tensor:
-        return value.log()
+        return value.log() if self.scale == 1 else value.log() / self.scale
 
     def complement(self, raw: Tensor) -> Tensor:
-        return -raw.expm1()
+        return -self._log(raw).expm1()
 
     def bounds(self) -> tuple[float, float]:
         return 0.0, math.inf
@@ -79,7 +94,13 @@ class Positive(Domain):
     def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
         # exp(89) is infinite in float32, and a subnormal is flushed to zero by some devices.
         info = torch.finfo(dtype)
-        return math.log(info.tiny) + 1, math.log(info.max) - 1
+        return (math.log(info.tiny) + 1) / self.scale, (math.log(info.max) - 1) / self.scale
+
+    def _log(self, raw: Tensor) -> Tensor:
+        return raw if self.scale == 1 else raw * self.scale
+
+    def __repr__(self) -> str:
+        return "Positive()" if self.scale == 1 else f"Positive({float(self.scale)!r})"
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,8 @@ class Interval(Domain):
         return self.low + (self.high - self.low) * raw.sigmoid()
 
     def raw(self, value: Tensor) -> Tensor:
-        return ((value - self.low) / (self.high - value)).log()
+        rest = complement(value) if self.high == 1 else self.high - value
+        return ((value - self.low) / rest).log()
 
     def complement(self, raw: Tensor) -> Tensor:
         # sigmoid(−raw) keeps every digit where 1 − sigmoid(raw) cancels: betas near 1 are the common case.

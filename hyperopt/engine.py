@@ -88,6 +88,11 @@ class Chunk:
         _copy(self._g_views, list(grads))
         return self._g.neg_() if maximize else self._g
 
+    def side_by_side(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A tensor for each of this chunk's, in the shape and dtype in which the chunk is stepped."""
+        whole = torch.cat([t.reshape(-1) for t in tensors]) if self.flat else tensors[0]
+        return whole.to(self.dtype)
+
     def spread(self, name: str, value: Tensor) -> Tensor:
         """A hyperparameter for every coordinate of this chunk, on its device and in its dtype."""
         if value.dtype != self.dtype or value.device != self.t.device:

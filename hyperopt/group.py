@@ -1,13 +1,13 @@
 """One parameter group at work: which tensors are stepped as one, what a user assigned, what survives in a checkpoint."""
 
 import dataclasses
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import tree
+from . import text, tree
 from .domains import complement
 from .engine import LARGE, Chunk, Compiled, Record
 from .hypergradients import Graph
@@ -31,6 +31,9 @@ class Group:
     """
 
     def __init__(self, spec: Hyper, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool = False) -> None:
+        self.set = group.setdefault("project", None)
+        if self.set is not None:
+            spec = spec.inside(text.read_set(str(self.set)))
         self.spec, self.group, self.state = spec, group, state
         self.params: list[Tensor] = group["params"]
         self.device = self.params[0].device
@@ -118,6 +121,8 @@ class Group:
                 )
         if "betas" in self.group:
             raise ValueError("param_groups[…]['betas'] is read nowhere: assign 'beta1' and 'beta2'")
+        if self.group["project"] != self.set:
+            raise ValueError(f"param_groups[…]['project'] was changed from {self.set} to {self.group['project']}: give it when binding")
         for name in self.names:
             value, size = self.group[name], self._size(name)
             if not isinstance(value, Tensor):
@@ -150,8 +155,15 @@ class Group:
         self.root.chunks = [c for c in self.chunks if c.tensors[0].grad is not None]
         return [c.gradient([p.grad for p in c.tensors if p.grad is not None], self.spec.maximize) for c in self.root.chunks]
 
-    def step(self, gs: list[Tensor], ok: Tensor, every: int) -> None:
-        """Step the tower, its levels above 0 on every `every`-th call; `ok` is 1. where the step counts."""
+    def step(self, gs: list[Tensor], ok: Tensor, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Step the tower.
+
+        Args:
+            gs: as `collect` returned them.
+            ok: 1. where the step counts.
+            every: the levels above 0 step on every `every`-th call.
+            directions: for a black box, the displacement of each parameter at lr = 1, downwards.
+        """
         self._notice()
         self.tower["calls"] += 1
         ok = ok.to(self.root.ok)
@@ -159,7 +171,9 @@ class Group:
         gs = [g.nan_to_num_(0.0, 0.0, 0.0).mul_(ok.to(g)) for g in gs]
         for chunk in self.root.chunks:
             chunk.gather()
-        self._step(gs, ok, {n: self.last[n] for n in sorted(self.watched)}, learn=self.tower["calls"] % every == 0)
+        steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in self.root.chunks]
+        written = {name: self.last[name] for name in sorted(self.watched)}
+        self._step(gs, ok, written, learn=self.tower["calls"] % every == 0, directions=steps)
         for chunk in self.root.chunks:
             chunk.scatter()
         self.tower["skipped"][0] += 1 - ok

@@ -1,10 +1,13 @@
-"""What keeps a tower from destroying a run: trust ratios, and steps that are left out when numbers are not finite."""
+"""What keeps a tower from destroying a run: trust ratios, forgetting, and steps that are left out when numbers are not finite."""
 
 import torch
 from torch import Tensor
 
 from .domains import Domain
 
+# Of log lr: wider than the jitter of a settled lr, which is .1 a step under Adam. With 0 and power 1, which forgets at every jitter,
+# SGD(momentum=0.9) / Adam ends at 2.95 % on MNIST validation data, with these at 2.89, without forgetting at 2.96 %.
+BAND, POWER = 1.0, 4.0
 FLOOR = 0.01  # root mean square below which weights count as this large, so that zero-initialised groups can start
 
 
@@ -38,6 +41,22 @@ def project(domain: Domain, raw: Tensor, scale: Tensor) -> Tensor:
     """`raw` after its value is multiplied by `scale`; exactly `raw` where scale is 1."""
     value = domain.value(raw)
     return raw + (domain.raw(value * scale) - domain.raw(value))
+
+
+def fade(anchor: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor in (0, 1] on what past steps say about an lr that has fallen since, and the new anchor.
+
+    Past steps that went too far keep saying so for a whole horizon, and the smaller lr becomes the more they outweigh the new ones:
+    lr then falls without end and training stands still. So they are forgotten as lr falls, by the fourth power of the ratio. The
+    jitter of an lr that has settled costs nothing: the anchor, log lr, lets it fall by BAND before it follows.
+
+    Args:
+        anchor: as returned last; log |lr| at first.
+        lr: the value of the step to come.
+    """
+    log = lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
+    moved = anchor.clamp(log, log + BAND)
+    return (POWER * (moved - anchor)).clamp_max(0).exp(), moved
 
 
 def finite(tensors: list[Tensor], like: Tensor) -> Tensor:

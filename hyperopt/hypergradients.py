@@ -47,31 +47,35 @@ class Tangents:
 
     def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
         if node.projects(raw):
-            drafts = [node.move(c, x, g, raw) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
-            raw, _ = node.project(raw, drafts, xs)
-        return raw, [self._differentiate(node, c, x, g, raw, keep) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
-
-    def _differentiate(
-        self, node: "Optimizable", chunk: "Chunk", x: Tensor, g: Tensor, raw: Raw, keep: Raw
-    ) -> tuple[Tensor, State, Tangent]:
-        out: Tangent = {}
-        x1, s1 = x, chunk.state
+            raw = node.projected(xs, gs, [chunk.state for chunk in node.chunks], raw)
+            keep = node.forget(keep, raw)
+        news: list[tuple[Tensor, State]] = []
+        out: list[Tangent] = [{} for _ in node.chunks]
         for name in raw:
-            carried = {k: z * keep[name].to(z) for k, z in chunk.tangents.get(name, {}).items()} if self.gamma else {}
-            with forward_ad.dual_level():
-                x1, s1 = node.update(
-                    chunk,
-                    _dual(x, carried.get("x")),
-                    g,
-                    {k: _dual(s, carried.get(k)) for k, s in chunk.state.items()},
-                    {**raw, name: _dual(raw[name], torch.ones_like(raw[name]))},
-                )
+            news, tangents = self._along(node, name, xs, gs, raw, keep)
+            for mine, new in zip(out, tangents, strict=True):
+                mine[name] = new
+        return raw, [(*new, tangent) for new, tangent in zip(news, out, strict=True)]
+
+    def _along(
+        self, node: "Optimizable", name: str, xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw
+    ) -> tuple[list[tuple[Tensor, State]], list[dict[str, Tensor]]]:
+        """The updates and their derivative along one hyperparameter."""
+        carried = [
+            {k: z * _like(keep[name], c, name, z) for k, z in c.tangents.get(name, {}).items()} if self.gamma else {} for c in node.chunks
+        ]
+        news, tangents = [], []
+        with forward_ad.dual_level():
+            duals = [_dual(x, z.get("x")) for x, z in zip(xs, carried, strict=True)]
+            states = [{k: _dual(s, z.get(k)) for k, s in c.state.items()} for c, z in zip(node.chunks, carried, strict=True)]
+            along = {**raw, name: _dual(raw[name], torch.ones_like(raw[name]))}
+            for x1, s1 in node.updates(duals, gs, states, along):
                 (x1, z), *rest = [forward_ad.unpack_dual(a) for a in (x1, *s1.values())]
-                s1 = {k: pair.primal for k, pair in zip(s1, rest, strict=True)}
+                news.append((x1, {k: pair.primal for k, pair in zip(s1, rest, strict=True)}))
                 # At horizon 1 nothing is carried, so the tangents of the state need not be kept.
-                tangents = {"x": z} | ({k: pair.tangent for k, pair in zip(s1, rest, strict=True)} if self.gamma else {})
-                out[name] = {k: z for k, z in tangents.items() if z is not None}
-        return x1, s1, out
+                found = {"x": z} | ({k: pair.tangent for k, pair in zip(s1, rest, strict=True)} if self.gamma else {})
+                tangents.append({k: z for k, z in found.items() if z is not None})
+        return news, tangents
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Displacement:
             states.append(state)
         scale = None
         if node.projects(raw):
-            raw, scale = node.project(raw, moves, xs)
+            raw, scale = node.project(raw, moves, node.moved(xs, [chunk.state for chunk in node.chunks]))
+            keep = node.forget(keep, raw)
         out = []
         for chunk, x, move, state, decay in zip(node.chunks, xs, moves, states, shrinks, strict=True):
             if scale is not None:
@@ -109,7 +114,7 @@ class Displacement:
                 decay = decay if isinstance(decay, float) else 1 + (decay - 1) * scale.to(move)
             z = move
             if self.gamma and chunk.tangents:
-                z = torch.addcmul(move, chunk.tangents["lr"]["x"], keep["lr"].to(move) * decay)
+                z = torch.addcmul(move, chunk.tangents["lr"]["x"], _like(keep["lr"], chunk, "lr", move) * decay)
             out.append((x + move, state, {"lr": {"x": z}}))
         return raw, out
 
@@ -138,13 +143,12 @@ class Graph:
 
     def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
         if node.projects(raw):
-            drafts = [node.move(c, x, g, raw) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
-            raw, _ = node.project(raw, drafts, xs)
+            raw = node.projected(xs, gs, [chunk.state for chunk in node.chunks], raw)
         leaves = {name: r.detach().clone().requires_grad_() for name, r in raw.items()}
         # Copies, because the graph keeps what it was made of and the chunks go on to change it in place.
-        old = [(c, x.clone(), g.clone(), {k: s.clone() for k, s in c.state.items()}) for c, x, g in zip(node.chunks, xs, gs, strict=True)]
+        states = [{k: s.clone() for k, s in chunk.state.items()} for chunk in node.chunks]
         with torch.enable_grad():
-            news = [node.update(c, x, g, s, leaves) for c, x, g, s in old]
+            news = node.updates([x.clone() for x in xs], [g.clone() for g in gs], states, leaves)
         if bool(node.ok):
             self.leaves, self.outputs = leaves, {c: x1 for c, (x1, _) in zip(node.chunks, news, strict=True)}
         return raw, [(x1.detach(), {k: s.detach() for k, s in s1.items()}, {}) for x1, s1 in news]
@@ -166,6 +170,11 @@ def _inner(node: "Optimizable", gs: list[Tensor]) -> Raw:
                 part = chunk.inner(name, g, tangent["x"]).to(node.raw[name])
                 q[name] = q[name] + part if name in q else part
     return {name: q.get(name, torch.zeros_like(raw)) for name, raw in node.raw.items()}
+
+
+def _like(factor: Tensor, chunk: "Chunk", name: str, z: Tensor) -> Tensor:
+    """A factor on a tangent: one number, or one for each value of the hyperparameter, spread over the coordinates."""
+    return chunk.spread(name, factor) if factor.dim() and z.dim() else factor.to(z)
 
 
 def _dual(x: Tensor, tangent: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import guards
 from .domains import Domain, complement
+from .feasible import Feasible
 from .hypergradients import Raw, Strategy
 from .rule import Rule, State, Values
 
@@ -45,6 +46,8 @@ class Optimizable:
         above: for each node above, the names of the hyperparameters it learns.
         strategy: how Z is made.
         trust: the largest relative change of x in one step at level 0, the largest change of a raw value above it; or None.
+        feasible: the set in which x stays, if there is one.
+        anchor: what `guards.fade` remembers of lr.
     """
 
     def __init__(
@@ -58,9 +61,12 @@ class Optimizable:
         above: Sequence[tuple[tuple[str, ...], "Optimizable"]],
         strategy: Strategy,
         trust: float | None,
+        feasible: Feasible | None,
+        anchor: Tensor,
     ) -> None:
         self.level, self.rule, self.chunks, self.live, self.complements = level, rule, chunks, live, complements
-        self.domains, self.above, self.strategy, self.trust = domains, above, strategy, trust
+        self.domains, self.above, self.strategy = domains, above, strategy
+        self.trust, self.feasible, self.anchor = trust, feasible, anchor
         self.raw: Raw = {}
         for names, node in above:
             parts = node.chunks[0].tensors[0].split([live[n].numel() for n in names])
@@ -70,7 +76,15 @@ class Optimizable:
         self.ok = torch.ones_like(self.resets)
         self._assigned: dict[str, Assigned] = {}
 
-    def step(self, gs: list[Tensor], ok: Tensor, written: Mapping[str, Tensor] | None = None, *, learn: bool = True) -> None:
+    def step(
+        self,
+        gs: list[Tensor],
+        ok: Tensor,
+        written: Mapping[str, Tensor] | None = None,
+        *,
+        learn: bool = True,
+        directions: list[Tensor] | None = None,
+    ) -> None:
         """One step of this node and of all above it.
 
         Args:
@@ -78,6 +92,7 @@ class Optimizable:
             ok: 0-d, 1. if the step counts, 0. if nothing may change.
             written: for hyperparameters that a user may have assigned, the value that was written last.
             learn: let the levels above step too.
+            directions: what the update is given in place of `gs`, where another optimizer has made the step.
         """
         self.ok = ok
         keep = {name: torch.full_like(ok, self.strategy.gamma) for name in self.raw}
@@ -94,19 +109,31 @@ class Optimizable:
             self.q = q
 
         raw = self._settle(written or {})
+        gs = gs if directions is None else directions
         xs = [chunk.x() for chunk in self.chunks]
         if self.raw:
             for chunk in self.chunks:
                 chunk.clean()
             raw, news = self.strategy.advance(self, xs, gs, raw, keep)
         else:
-            news = [(*self.update(c, x, g, c.state, raw), {}) for c, x, g in zip(self.chunks, xs, gs, strict=True)]
+            news = [(x1, s1, {}) for x1, s1 in self.updates(xs, gs, [chunk.state for chunk in self.chunks], raw)]
         for chunk, new in zip(self.chunks, news, strict=True):
             chunk.commit(*new, ok)
         self._publish(raw, ok)
 
+    def updates(self, xs: list[Tensor], gs: list[Tensor], states: list[State], raw: Raw) -> list[tuple[Tensor, State]]:
+        """The update of every chunk at raw hyperparameters `raw`, inside the feasible set, as a differentiable function."""
+        news = [self.update(*each, raw) for each in zip(self.chunks, xs, gs, states, strict=True)]
+        if self.feasible is None:
+            return news
+        times = [(self.values(raw, chunk), chunk.t + 1) for chunk in self.chunks]
+        places = [s1.get(self.rule.moves, x1) for x1, s1 in news]
+        metrics = [self.rule.metric(s1, *time) for (_, s1), time in zip(news, times, strict=True)]
+        places = self.feasible.project(places, metrics)
+        return [self.rule.ended_at(place, *new, *time) for place, new, time in zip(places, news, times, strict=True)]
+
     def update(self, chunk: "Chunk", x: Tensor, g: Tensor, state: State, raw: Raw) -> tuple[Tensor, State]:
-        """The rule's update at raw hyperparameters `raw`, as a differentiable function."""
+        """The rule's update of one chunk."""
         x1, s1 = self.rule.update(x, g, state, self.values(raw, chunk), chunk.t + 1)
         if self.level and self.trust is not None and "lr" not in self.raw:
             x1 = x + (x1 - x).clamp(-self.trust, self.trust)
@@ -131,28 +158,37 @@ class Optimizable:
 
         return Values(value, one_minus)
 
-    def move(self, chunk: "Chunk", x: Tensor, g: Tensor, raw: Raw) -> Tensor:
-        """How far a step at `raw` moves what lr moves."""
-        x1, s1 = self.update(chunk, x, g, chunk.state, raw)
-        return s1.get(self.rule.moves, x1) - self.moved(chunk, x)
-
-    def moved(self, chunk: "Chunk", x: Tensor) -> Tensor:
-        """What lr moves: the weights, or the sequence of the rule's state that stands for them."""
-        return chunk.state.get(self.rule.moves, x)
-
     def projects(self, raw: Raw) -> bool:
         """Whether lr is projected down where the step would be larger than trust allows."""
         return self.trust is not None and "lr" in raw
 
-    def project(self, raw: Raw, moves: list[Tensor], xs: list[Tensor]) -> tuple[Raw, Tensor]:
+    def projected(self, xs: list[Tensor], gs: list[Tensor], states: list[State], raw: Raw) -> Raw:
+        """Raw hyperparameters with lr projected down to what a step may move."""
+        news = [self.update(*each, raw) for each in zip(self.chunks, xs, gs, states, strict=True)]
+        places = self.moved(xs, states)
+        ends = [s1.get(self.rule.moves, x1) for x1, s1 in news]
+        return self.project(raw, [end - place for end, place in zip(ends, places, strict=True)], places)[0]
+
+    def moved(self, xs: list[Tensor], states: list[State]) -> list[Tensor]:
+        """What lr moves: the weights, or the sequence of the rule's state that stands for them."""
+        return [state.get(self.rule.moves, x) for x, state in zip(xs, states, strict=True)]
+
+    def project(self, raw: Raw, moves: list[Tensor], places: list[Tensor]) -> tuple[Raw, Tensor]:
         """Raw hyperparameters with lr projected down, and the factor by which it was."""
         like, trust = raw["lr"], self.trust or math.inf
-        moved = [self.moved(chunk, x) for chunk, x in zip(self.chunks, xs, strict=True)]
-        scale = guards.relative_scale(moves, moved, trust, like) if self.level == 0 else guards.absolute_scale(moves, trust).to(like)
+        scale = guards.relative_scale(moves, places, trust, like) if self.level == 0 else guards.absolute_scale(moves, trust).to(like)
         if "lr" in self._assigned:
             scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)
         low, high = self.domains["lr"].raw_limits(like.dtype)
         return {**raw, "lr": guards.project(self.domains["lr"], like, scale).clamp(low, high)}, scale
+
+    def forget(self, keep: Raw, raw: Raw) -> Raw:
+        """By how much tangents are multiplied before the step at `raw`: by γ, and by less where lr has fallen and trust is on."""
+        if not self.projects(raw):
+            return keep
+        factor, anchor = guards.fade(self.anchor, self.domains["lr"].value(raw["lr"]))
+        self.anchor.lerp_(anchor, self.ok)
+        return {**keep, "lr": keep["lr"] * factor}
 
     def _settle(self, written: Mapping[str, Tensor]) -> Raw:
         """Raw hyperparameters, with what a user assigned since the last step in place of what the level above chose."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from . import adopt, guards
 from .group import Group
 from .rule import check
+from .rules.black_box import BlackBox
 from .tower import Hyper
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,6 +53,7 @@ class HyperOptimizer(Optimizer):
         self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
         self._bound: list[Group] = []
         self._averaged = False
+        self.driven: adopt.Driven | None = None
         source = tower.source
         if source is not None:
             params = adopt.groups_of(source, tower.rule)
@@ -61,20 +63,27 @@ class HyperOptimizer(Optimizer):
         if source is not None:
             self.state.update(adopt.state_of(source))
             self._rebuild()
+            if isinstance(tower.rule, BlackBox):
+                self.driven = adopt.Driven(source, resolve=bool(tower.learning))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
         if "params" not in param_group:
             raise ValueError(f"a parameter group needs an entry 'params', got only {', '.join(map(repr, param_group))}")
+        if self.driven is not None:
+            raise ValueError(f"{self.tower.rule} is driven as a whole: add the parameters to it before a tower is made from it")
         group = dict(param_group)
         if "betas" in group:
             group["beta1"], group["beta2"] = group.pop("betas")
         known = self.tower.rule.declared()
-        for name in group.keys() - {"params", "param_names", "initial_lr", "name"} - known.keys():
+        for name in group.keys() - {"params", "param_names", "initial_lr", "name", "project"} - known.keys():
             raise ValueError(f"a parameter group has an unknown entry {name!r}: {type(self.tower.rule).__name__} has {', '.join(known)}")
         for name in group.keys() & known.keys():
             check(f"a parameter group's {name}", group[name], self.tower.domain(name))
         self.tower.replace(**{name: group[name] for name in group.keys() & known.keys()})
+        if group.get("project") is not None:
+            self.tower.inside(group["project"])
+            group["project"] = str(group["project"])  # plain, so that a checkpoint is read with weights_only=True
         if not isinstance(group["params"], (Tensor, Set)):
             group["params"] = list(group["params"])
             tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
@@ -124,8 +133,14 @@ class HyperOptimizer(Optimizer):
         if not gathered:
             return loss
         ok = guards.finite([g for _, gs in gathered for g in gs], gathered[0][0].root.ok)
+        directions = None
+        if self.driven is not None:
+            # The one wait for the device: the other optimizer must not see a gradient that is not finite.
+            zeros = {p: torch.zeros_like(p) for group, _ in gathered for p in group.params}
+            directions = {**zeros, **self.driven.directions()} if bool(ok) else zeros
+            ok = ok * guards.finite(list(directions.values()), ok)
         for group, gs in gathered:
-            group.step(gs, ok, self.hyper_every)
+            group.step(gs, ok, self.hyper_every, directions)
         return loss
 
     @contextmanager
@@ -133,7 +148,7 @@ class HyperOptimizer(Optimizer):
         """Inside this context the parameters hold the averaged weights, to evaluate with; they come back bit for bit.
 
         Does nothing for a rule that does not average, and may be nested. Statistics of BatchNorm belong to other weights then:
-        `torch.optim.swa_utils.update_bn(loader, model)` takes them anew.
+        `batch_statistics(model, batches)` takes them anew.
 
         Raises:
             RuntimeError: a step inside.
@@ -176,7 +191,8 @@ class HyperOptimizer(Optimizer):
             RuntimeError: with strategy="graph", whose autograd graph cannot be saved.
         """
         self._check_saves()
-        return super().state_dict()
+        driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
+        return super().state_dict() | driven
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint; training then goes on bit for bit.
@@ -204,6 +220,8 @@ class HyperOptimizer(Optimizer):
                 if i in final["state"]:
                     self.state[p] = {key: value.to(p.device, copy=True) for key, value in final["state"][i].items()}
             self._rebuild()
+            if self.driven is not None:
+                self.driven.optimizer.load_state_dict(final["driven"])
         except BaseException:
             self.state, self.param_groups, self._bound = before
             raise
@@ -212,7 +230,7 @@ class HyperOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_saves()
-        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every")}
+        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every", "driven")}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,6 +268,8 @@ class HyperOptimizer(Optimizer):
         if len(groups) != len(self.param_groups):
             mine = len(self.param_groups)
             raise ValueError(f"the checkpoint has {len(groups)} parameter groups and this optimizer {mine}: bind the same groups")
+        if self.driven is not None and "driven" not in state_dict:
+            raise ValueError("the checkpoint has no state of the optimizer that is driven: load one that this kind of tower wrote")
         mine = self.tower.structure()
         for saved, group in zip(groups, self.param_groups, strict=True):
             if "tower" not in saved:

@@ -1,10 +1,13 @@
 """What a rule is: the mathematics of one optimizer, with its hyperparameters declared once."""
 
 import dataclasses
+import importlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +102,22 @@ class Rule(ABC):
         """Whether x' = shrink(h)·x − lr·d(g, state, h) and the state never reads x; ∂x'/∂log lr is then x' − x."""
         return False
 
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
+        """The diagonal H of a step −lr·H⁻¹·m, up to a common factor: the metric in which weights are projected onto a feasible set.
+
+        Where the step divides by something older (ADOPT by the v before, Adadelta by the s before, RMSprop's momentum by every v
+        so far), H is of the state after the step all the same.
+
+        Args:
+            state: as `update` left it.
+            h, t: as `update` was given them.
+        """
+        return 1.0
+
+    def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """What the step would have returned had that which lr moves ended at `place`, and not where `x` or `state` has it."""
+        return place, state
+
     def shrink(self, h: Values) -> Tensor | float:
         """∂x'/∂x of a rule that is linear in lr: 1, or 1 − lr·weight_decay where the decay is decoupled."""
         return 1.0
@@ -117,6 +136,22 @@ class Rule(ABC):
             value = getattr(self, name)
             for number in value.values() if isinstance(value, Mapping) else (value,):
                 check(f"{type(self).__name__}({name})", number, declared.domain)
+
+
+class Variant(partial[Rule]):
+    """A rule with other defaults, under a name of its own: `AdamW = Variant(Adam, …)`, a module's global."""
+
+    @property
+    def __name__(self) -> str:
+        return next(name for name, value in vars(sys.modules[self.func.__module__]).items() if value is self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copied and pickled as classes are, by name, so that there is only one of it.
+        return _named, (self.func.__module__, self.__name__)
+
+
+def _named(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def check(argument: str, value: Any, domain: Domain) -> None:

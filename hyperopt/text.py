@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import rules
 from .domains import Domain, Interval, Positive, Real, UnitInterval
+from .feasible import Ball, Box, Feasible
 from .rule import Rule
 
 if TYPE_CHECKING:
     from .tower import Hyper
 
 DOMAINS: dict[str, Callable[..., Domain]] = {"Positive": Positive, "UnitInterval": UnitInterval, "Interval": Interval, "Real": Real}
-COMPOSITIONS = ("ScheduleFree",)
-OPTIONS = ("learn", "horizon", "trust", "domains", "per", "strategy", "maximize")
+COMPOSITIONS = ("ScheduleFree", "Averaged")
+SETS: dict[str, Callable[..., Feasible]] = {"Box": Box, "Ball": Ball}
+OPTIONS = ("learn", "horizon", "trust", "domains", "per", "strategy", "project", "maximize")
 
 
 def show(tower: "Hyper", level: int) -> str:
@@ -53,6 +55,23 @@ def read(source: str, hyper: type["Hyper"]) -> "Hyper":
         return _tower(tree, source, hyper)
     except TypeError as error:
         raise ValueError(f"{source!r} is not a tower: {error}") from None
+
+
+def read_set(source: str) -> Feasible:
+    """The set that was printed as `source`: Box(0.0, 1.0) or Ball(10.0).
+
+    Raises:
+        ValueError: text that is no set.
+    """
+    try:
+        value = _value(ast.parse(source, mode="eval").body, source)
+    except (SyntaxError, TypeError):
+        value = None
+    except ValueError as error:
+        raise ValueError(f"project = {source!r}: {error}; give Box(lo, hi) or Ball(radius)") from None
+    if not isinstance(value, Feasible):
+        raise ValueError(f"project = {source!r} is not a set of weights: give Box(lo, hi) or Ball(radius)")
+    return value
 
 
 def _tower(node: ast.expr, source: str, hyper: type["Hyper"]) -> "Hyper":
@@ -108,8 +127,8 @@ def _value(node: ast.expr, source: str) -> Any:
     if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id in DOMAINS):
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         name = _name(call.func, source)
-        if name in DOMAINS and not call.keywords:
-            return DOMAINS[name](*(_value(argument, source) for argument in call.args))
+        if name in DOMAINS | SETS and not call.keywords:
+            return (DOMAINS | SETS)[name](*(_value(argument, source) for argument in call.args))
     if isinstance(node, ast.Name):
         return math.inf if node.id == "inf" else node.id
     raise ValueError(f"{ast.unparse(node)!r} in {source!r} is not a number, a name, a tuple, a mapping or a domain")
@@ -137,5 +156,5 @@ def _word(value: Any) -> str:
     if isinstance(value, Interval):
         return f"Interval({float(value.low)!r}, {float(value.high)!r})"
     if isinstance(value, Domain):
-        return type(value).__name__
+        return repr(value).removesuffix("()")
     return value if isinstance(value, str) else repr(value)

@@ -1,16 +1,17 @@
 """`Hyper`: the specification of a tower of optimizers, what a user writes and prints and stores."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import adopt, text
-from .arguments import as_rule, plain
+from .arguments import as_rule, check_options, domains_of, names_of, plain
 from .domains import Domain
+from .feasible import Feasible
 from .rule import Rule
+from .rules.black_box import BlackBox
 
 if TYPE_CHECKING:
     from .optimizer import HyperOptimizer
@@ -19,8 +20,6 @@ HORIZON = 1000.0
 # Above level 0: change of a raw hyperparameter in a step. Where level 1 learns its lr too, 0.1 does better: on MNIST validation data
 # Adam / Adam / Adam ends at 2.9 % with it and at 4.3 % with 0.5, which lets the lr of level 0 jump about; at height 1 they are equal.
 TRUST_ABOVE = 0.5
-PER = ("group", "tensor", "coordinate")
-STRATEGIES = ("tangents", "graph")
 
 
 class Hyper:
@@ -28,7 +27,8 @@ class Hyper:
 
     Args:
         rule: the optimizer of this level: a rule of this library (class or instance), the torch.optim class of the same name,
-            or a live torch.optim optimizer, whose groups, values and state are taken over by `bind()`.
+            or a live torch.optim optimizer, whose groups, values and state are taken over by `bind()`. One without a rule here
+            (Muon, say, or anybody's) goes on as it is, and its lr alone is learned, through its displacement.
         learn: which of this level's hyperparameters the level above learns: names, or "all" for every one whose value lies
             strictly inside its domain. Default: lr alone.
         horizon: for how many past steps a hyperparameter of this level is held responsible, in steps, 1 to math.inf. 1 is
@@ -38,6 +38,8 @@ class Hyper:
         domains: for hyperparameters of this level, the space in which they are learned if not the rule's own.
         per: one learned value per "group" of parameters, per "tensor" or per "coordinate".
         strategy: "tangents", or "graph" for the paper's autograd graph, a slow reference at horizon 1.
+        project: a set such as Box(0, 1) or Ball(10) in which the weights of each group stay: after every step they are moved to
+            its nearest point, in the rule's metric; level 0 only. A group may have a "project" of its own.
         maximize: ascend instead of descend; level 0 only.
         hyperparameters: values for this level's rule, such as lr=1e-3; betas=(0.9, 0.999) stands for beta1 and beta2.
 
@@ -62,6 +64,7 @@ class Hyper:
         domains: Mapping[str, Domain] | None = None,
         per: str = "group",
         strategy: str = "tangents",
+        project: Feasible | None = None,
         maximize: bool = False,
         **hyperparameters: Any,
     ) -> None:
@@ -75,16 +78,17 @@ class Hyper:
             source=source,
             rule=as_rule(rule, hyperparameters),
             given=frozenset(hyperparameters),
-            learn=_names(learn),
+            learn=names_of(learn),
             horizon=plain(horizon),
             trust=plain(trust),
-            domains=_domains(domains),
+            domains=domains_of(domains),
             per=per,
             strategy=strategy,
+            project=project,
             maximize=maximize,
             above={},
         )
-        _check_options(self)
+        check_options(self)
 
     def stack(self, rule: Any = None, /, **keywords: Any) -> "Hyper":
         """One level more, which learns the hyperparameters of the level below.
@@ -109,7 +113,7 @@ class Hyper:
             if self.learn is not None and self.learn != "all" and set(self.learn) != set(branches):
                 raise ValueError(f"learn={self.learn} does not match the branches {tuple(branches)}: leave learn out, they say it already")
             below = self._but(learn=tuple(branches))
-            below._check_learned(below.learned)
+            below.check_learned(below.learned)
             return below._but(above={(name,): node for name, node in branches.items()})
         if isinstance(rule, Hyper) and keywords:
             raise TypeError(f"{', '.join(keywords)} was given beside a finished level: write it there, as in .stack(Hyper(SGD, lr=0.1))")
@@ -117,7 +121,7 @@ class Hyper:
         steps = node.mappings()
         below = self._but(learn=tuple(steps[0])) if steps and self.learn is None else self
         names = below.learned
-        below._check_learned(names)
+        below.check_learned(names)
         return below._but(above={names: _upper(node, names)})
 
     def bind(self, params: Any = None, *, compile: bool = False, hyper_every: int = 1) -> "HyperOptimizer":
@@ -139,6 +143,9 @@ class Hyper:
             if isinstance(self.rule.value(name), Mapping):
                 given = f"{type(self.rule).__name__}({name}={self.rule.value(name)!r})"
                 raise ValueError(f"{given}: level 0 moves weights, which have no such names; give one number")
+        if isinstance(self.rule, BlackBox) and self.source is None:
+            name = self.rule.optimizer
+            raise ValueError(f"{self.rule} needs a live {name} to drive: Hyper({name}(model.parameters())).stack(…).bind()")
         if (params is None) == (self.source is None):
             remedy = "pass model.parameters()" if params is None else "call bind() without params, it has its own"
             raise TypeError(f"bind() needs the parameters from one place: {remedy}")
@@ -155,6 +162,12 @@ class Hyper:
     def released(self) -> "Hyper":
         """The same tower without the live optimizer that it was made from."""
         return self._but(source=None)
+
+    def inside(self, project: Feasible) -> "Hyper":
+        """The same tower with the weights kept inside a set."""
+        tower = self._but(project=project)
+        check_options(tower)
+        return tower
 
     @property
     def height(self) -> int:
@@ -240,6 +253,7 @@ class Hyper:
     domains: dict[str, Domain]
     per: str
     strategy: str
+    project: Feasible | None
     maximize: bool
     above: "dict[tuple[str, ...], Hyper]"
 
@@ -254,7 +268,7 @@ class Hyper:
 
     def _checked(self) -> "Hyper":
         if self.above:
-            self._check_learned(self.learned)
+            self.check_learned(self.learned)
         return self
 
     def mappings(self) -> list[Mapping[str, float]]:
@@ -265,7 +279,7 @@ class Hyper:
         """Whether the learned hyperparameters have optimizers of their own."""
         return len(self.above) > 1 or any(names != self.learned for names in self.above)
 
-    def _check_learned(self, names: tuple[str, ...]) -> None:
+    def check_learned(self, names: tuple[str, ...]) -> None:
         declared = self.rule.declared()
         rule = type(self.rule).__name__
         if not names:
@@ -291,54 +305,14 @@ def _upper(node: Any, names: tuple[str, ...]) -> Hyper:
     node = node if isinstance(node, Hyper) else Hyper(node)
     if node.maximize:
         raise ValueError("maximize=True belongs to level 0: every level above descends the loss that level 0 is given")
+    if node.project is not None:
+        raise ValueError(f"project={node.project!r} belongs to level 0: the levels above move hyperparameters, which have domains")
     if node.source is not None:
         raise ValueError("a live optimizer has parameters of its own and can only be level 0: stack its class instead")
     for mapping in node.mappings():
         if set(mapping) != set(names):
             raise ValueError(f"a value was given for each of {tuple(mapping)}, but {names} are learned: name the same")
     return node
-
-
-def _check_options(tower: Hyper) -> None:
-    rule = type(tower.rule).__name__
-    for name, domain in tower.domains.items():
-        if name not in tower.rule.declared():
-            raise ValueError(f"domains names {name!r}, which {rule} does not have: it has {', '.join(tower.rule.declared())}")
-        if not isinstance(domain, Domain):
-            raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
-    if isinstance(tower.learn, tuple) and tower.learn:
-        tower._check_learned(tower.learn)
-    if isinstance(tower.horizon, bool) or not isinstance(tower.horizon, (int, float)) or not tower.horizon >= 1:
-        raise ValueError(f"horizon = {tower.horizon!r} is outside [1, inf]: give a number of steps, 1 for the paper, or math.inf")
-    trust = tower.trust
-    fits = isinstance(trust, (int, float)) and not isinstance(trust, bool) and 0 < trust < math.inf
-    if trust is not None and trust != "default" and not fits:
-        raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
-    if not isinstance(tower.maximize, bool):
-        raise TypeError(f"maximize must be True or False, got {tower.maximize!r}")
-    if tower.per not in PER:
-        raise ValueError(f"per = {tower.per!r} is none of {', '.join(PER)}")
-    if tower.strategy not in STRATEGIES:
-        raise ValueError(f"strategy = {tower.strategy!r} is none of {', '.join(STRATEGIES)}")
-    if tower.strategy == "graph" and tower.horizon != 1:
-        raise ValueError(
-            f"strategy='graph' keeps the graph of one update, got horizon = {tower.horizon!r}: give horizon=1, or strategy='tangents'"
-        )
-
-
-def _names(learn: Any) -> tuple[str, ...] | str | None:
-    if learn is None or learn == "all":
-        return learn
-    names = (learn,) if isinstance(learn, str) else tuple(learn) if isinstance(learn, Iterable) else (learn,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"learn = {learn!r} must be a name, names, or 'all', as in learn=('lr', 'beta1')")
-    return names
-
-
-def _domains(domains: Any) -> dict[str, Domain]:
-    if not isinstance(domains, Mapping | None):
-        raise TypeError(f"domains = {domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
-    return dict(domains or {})
 
 
 def _numbers(value: float | Mapping[str, float]) -> list[float]:

@@ -14,7 +14,7 @@ from .optimizable import Optimizable
 from .rule import Rule
 from .tower import Hyper
 
-Records = dict[str, dict[str, Any]]  # by label: "x", "values" and "state" of each node above level 0
+Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "x", "values" and "state" of those above level 0
 
 
 def grow(spec: Hyper, rule: Rule, live: dict[str, Tensor], records: Records) -> dict[str, Optimizable]:
@@ -24,7 +24,7 @@ def grow(spec: Hyper, rule: Rule, live: dict[str, Tensor], records: Records) -> 
         spec: the tower.
         rule: the rule of level 0.
         live: the values of its hyperparameters.
-        records: where the nodes above level 0 keep their tensors; what is there already is taken over.
+        records: where the nodes keep their tensors; what is there already is taken over.
     """
     nodes: dict[str, Optimizable] = {}
     _node(spec, rule, 0, "", live, [], records, nodes)
@@ -48,8 +48,14 @@ def _node(
         above.append((names, _upper(upper, level + 1, path, values, [spec.domain(n) for n in names], records, nodes)))
     domains = {name: spec.domain(name) for name in live}
     complements = {name: complement(value) for name, value in live.items()}
-    label = f"{level}[{branch}]" if branch else str(level)
-    nodes[label] = Optimizable(level, rule, chunks, live, complements, domains, above, strategy(spec, rule), spec.trust_at(level))
+    label = _label(level, branch)
+    record = records.setdefault(label, {})
+    lr = live["lr"] if "lr" in live else torch.ones_like(next(iter(live.values())))
+    record["anchor"] = record["anchor"].to(lr) if "anchor" in record else lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
+    made = strategy(spec, rule)
+    nodes[label] = Optimizable(
+        level, rule, chunks, live, complements, domains, above, made, spec.trust_at(level), spec.project, record["anchor"]
+    )
     return nodes[label]
 
 
@@ -63,7 +69,7 @@ def _upper(
     nodes: dict[str, Optimizable],
 ) -> Optimizable:
     """The node whose x are the raw values of the hyperparameters `below`, side by side in one vector."""
-    record = records.setdefault(f"{level}[{branch}]" if branch else str(level), {"values": {}, "state": {}})
+    record = records.setdefault(_label(level, branch), {"values": {}, "state": {}})
     like = next(iter(below.values()))
     for part in (record, record["values"], record["state"]):
         part |= {key: tensor.to(like) for key, tensor in part.items() if isinstance(tensor, Tensor)}
@@ -89,11 +95,15 @@ def _upper(
     return _node(spec, rule, level, branch, live, [chunk], records, nodes)
 
 
+def _label(level: int, branch: str) -> str:
+    return f"{level}[{branch}]" if branch else str(level)
+
+
 def strategy(spec: Hyper, rule: Rule) -> Strategy:
     """How a node of this specification makes its hypergradients: in the cheapest way that is exact."""
     if spec.strategy == "graph":
         return Graph()
-    if spec.learning == ("lr",) and rule.linear_in_lr() and isinstance(spec.domain("lr"), Positive):
+    if spec.learning == ("lr",) and spec.project is None and rule.linear_in_lr() and spec.domain("lr") == Positive():
         return Displacement(gamma(spec.horizon))
     return Tangents(gamma(spec.horizon))
 

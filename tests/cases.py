@@ -149,7 +149,7 @@ CASES = (
     Case("adamw-amsgrad", AdamW(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, amsgrad=True), (*ADAM, "weight_decay"), torch_adamw),
     Case("nadam-decay", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05, momentum_decay=0.1), NADAM, torch_peer),
     Case("nadam-decoupled", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5, momentum_decay=0.1, decoupled=True), NADAM, torch_peer),
-    Case("radam-decay", RAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05), (*ADAM, "weight_decay"), torch_peer, steps=9),
+    Case("radam-decay", RAdam(lr=0.08, eps=0.01, weight_decay=0.05), (*ADAM, "weight_decay"), torch_peer, steps=9),
     Case(
         "radam-decoupled",
         RAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5, decoupled=True),

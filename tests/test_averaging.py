@@ -1,15 +1,20 @@
-"""Schedule-Free against its authors' package, its tangents against differences, and the context that evaluates."""
+"""Schedule-Free against its authors' package, Averaged against torch's, their tangents, and the context that evaluates."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
 import pytest
 import schedulefree
 import torch
+from cases import CASES
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from hyperopt import SGD, Adam, AdamW, Hyper, ScheduleFree
+import hyperopt
+from hyperopt import SGD, Adam, AdamW, Averaged, Hyper, Rule, ScheduleFree
+from hyperopt.rule import Variant
 
 
 def net(dtype=torch.float64):
@@ -85,9 +90,10 @@ def test_the_hypergradient_runs_through_z_x_and_y(base):
     assert q == pytest.approx((inner(eps) - inner(-eps)) / (2 * eps), rel=1e-6)
 
 
-def test_the_context_nests_survives_exceptions_and_returns_every_bit():
+@pytest.mark.parametrize("rule", [ScheduleFree(Adam), Averaged(Adam)], ids=["free", "beside"])
+def test_the_context_nests_survives_exceptions_and_returns_every_bit(rule):
     model = net(torch.bfloat16)
-    optimizer = Hyper(ScheduleFree(Adam), lr=0.05).stack(Adam).bind(model.parameters())
+    optimizer = Hyper(rule, lr=0.05).stack(Adam).bind(model.parameters())
     with optimizer.averaged():
         pass  # nothing to swap before the first step
     for at in range(5):
@@ -101,6 +107,7 @@ def test_the_context_nests_survives_exceptions_and_returns_every_bit():
             with optimizer.averaged():
                 pass
             assert all(torch.equal(inside[k], v) for k, v in model.state_dict().items())
+            assert all(torch.equal(p, optimizer.state[p]["average"].bfloat16()) for p in model.parameters())
             assert not torch.equal(inside["0.weight"], before["0.weight"])
             optimizer.step()
 
@@ -120,8 +127,9 @@ def test_without_averaging_the_context_changes_nothing():
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "deepcopy", "pickle"])
-def test_goes_on_bit_for_bit(way):
-    tower = Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam)
+@pytest.mark.parametrize("rule", [ScheduleFree(Adam), Averaged(Adam)], ids=["free", "beside"])
+def test_goes_on_bit_for_bit(rule, way):
+    tower = Hyper(rule, lr=0.01).stack(Adam)
     model = net(torch.float32)
     optimizer = tower.bind(model.parameters())
     for at in range(5):
@@ -138,6 +146,8 @@ def test_goes_on_bit_for_bit(way):
         for m, o in ((model, optimizer), (twin, other)):
             backward(m, at)
             o.step()
+    with optimizer.averaged(), other.averaged():
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert torch.equal(optimizer.hyperparameters()["0.lr"], other.hyperparameters()["0.lr"])
 
@@ -155,3 +165,217 @@ def test_per_coordinate_and_text():
         Hyper.parse("ScheduleFree(Adam, lr=0.1)")
     with pytest.raises(TypeError, match="a rule with a first moment"):
         ScheduleFree(int)
+
+
+# ---- Averaged
+
+
+DECAY = 0.9
+RULES = {name: found for name, found in vars(hyperopt).items() if isinstance(found, Variant)}
+RULES |= {
+    name: found for name, found in vars(hyperopt).items() if isinstance(found, type) and issubclass(found, Rule) and found is not Rule
+}
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_rule = pytest.mark.parametrize("base", RULES.values(), ids=RULES)
+
+
+def averaged(rule, decay=DECAY):
+    """`rule` with its values and options, and an average beside it."""
+    return Averaged(type(rule))(**{f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}, decay=decay)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(tower, gradients, seen=None):
+    """The small model and its optimizer after a step with each of `gradients`, taken from `seen` if they are numbers."""
+    model = net()
+    optimizer = tower.bind(model.parameters())
+    for gs in gradients:
+        if isinstance(gs, int):
+            backward(model, gs)
+        else:
+            for p, g in zip(model.parameters(), gs, strict=True):
+                p.grad = g.clone()
+        if seen is not None:
+            seen.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+    return model, optimizer
+
+
+def test_every_rule_of_the_catalogue_has_a_row():
+    assert {type(case.rule) for case in CASES} == {type(base()) for base in RULES.values()}
+    assert len(RULES) > 15
+
+
+@every_case
+def test_the_average_is_torchs_started_from_nothing_and_training_is_that_of_the_rule(case):
+    model, twin = net(), net()
+    reference = AveragedModel(twin, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    reference.n_averaged.fill_(1)  # torch would start from the initial weights
+    for p in reference.parameters():
+        p.detach().zero_()
+    pairs = (model, Hyper(averaged(case.rule)).bind(model.parameters())), (twin, Hyper(case.rule).bind(twin.parameters()))
+    for at in range(100):
+        for m, optimizer in pairs:
+            backward(m, at)
+            optimizer.step()
+        reference.update_parameters(twin)
+    assert torch.equal(flat(model), flat(twin))
+    assert (flat(model) - flat(net())).norm() > 0.01
+    expected = flat(reference) / (1 - DECAY**100)
+    with pairs[0][1].averaged():
+        torch.testing.assert_close(flat(model), expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])
+@every_case
+def test_learning_is_that_of_the_rule(case, alone):
+    # Where lr alone is learned the bare rule may make its tangents in another way, and rounds differently.
+    learn = ("lr",) if alone else case.learnable
+    (model, ours), (twin, theirs) = (
+        trained(Hyper(rule, learn=learn, horizon=10).stack(Adam), range(10)) for rule in (averaged(case.rule), case.rule)
+    )
+    values, expected = ours.hyperparameters(), theirs.hyperparameters()
+    if len(learn) > 1:
+        assert torch.equal(flat(model), flat(twin))
+        assert all(torch.equal(values[name], value) for name, value in expected.items())
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close({name: values[name] for name in expected}, expected, rtol=1e-10, atol=1e-10)
+    assert abs(float(values["0.lr"]) / case.rule.lr - 1) > 1e-3
+
+
+@every_rule
+def test_training_gradients_say_nothing_about_the_decay(base):
+    model, optimizer = trained(Hyper(Averaged(base, decay=DECAY), learn=("lr", "decay")).stack(Adam), range(10))
+    before = optimizer.hyperparameters()["0.decay"]
+    for at in range(10, 20):
+        backward(model, at)
+        optimizer.step()
+    assert float(optimizer.hypergradients()["0.decay"]) == 0
+    assert float(optimizer.hypergradients()["0.lr"]) != 0
+    assert torch.equal(optimizer.hyperparameters()["0.decay"], before)
+    assert float(before) == pytest.approx(DECAY, rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ["lr", "decay"])
+@every_case
+def test_the_tangent_of_the_average_is_a_finite_difference(case, name):
+    # horizon inf and raw values moved once, at the start, for all steps: the derivative of the whole run with gradients held.
+    held = []
+    tower = Hyper(averaged(case.rule), learn=("lr", "decay"), horizon=math.inf, trust=None).stack(SGD, lr=1e-30)
+    model, optimizer = trained(tower, range(case.steps), seen=held)
+    found = torch.cat([optimizer.state[p][f"Z.{name}.average"].flatten() for p in model.parameters()])
+
+    def average(shift):
+        if name == "lr":
+            values = {"lr": case.rule.lr * math.exp(shift)}
+        else:
+            values = {"decay": 1 / (1 + math.exp(-math.log(DECAY / (1 - DECAY)) - shift))}
+        twin, run = trained(Hyper(averaged(case.rule), **values), held)
+        with run.averaged():
+            return flat(twin)
+
+    h = 1e-3
+    stencil = {1: 45 / 60, 2: -9 / 60, 3: 1 / 60}
+    expected = sum(w * (average(k * h) - average(-k * h)) for k, w in stencil.items()) / h
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+    assert found.norm() > 1e-4
+
+
+def test_bfloat16_weights_are_averaged_in_float32():
+    weights = [nn.Parameter(torch.linspace(-1, 1, 6).bfloat16().to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    optimizers = [Hyper(Averaged(Adam, decay=DECAY), lr=0.01).stack(Adam).bind([w]) for w in weights]
+    for i in range(7):
+        for w, optimizer in zip(weights, optimizers, strict=True):
+            w.grad = torch.linspace(0, 1 + i % 2, 6).bfloat16().to(w.dtype)
+            optimizer.step()
+        half, single = (w.data for w in weights)
+        single.copy_(half)
+    kept = [optimizer.state[w]["average"] for w, optimizer in zip(weights, optimizers, strict=True)]
+    assert kept[0].dtype == torch.float32
+    assert torch.equal(*kept)
+    assert not torch.equal(kept[0], kept[0].bfloat16().float())
+    with optimizers[0].averaged():
+        assert torch.equal(weights[0], kept[0].bfloat16())
+
+
+def test_a_decay_of_0_keeps_the_last_weights_and_one_may_be_assigned():
+    model, optimizer = trained(Hyper(Averaged(Adam, decay=0.0), lr=0.01), range(3))
+    last = flat(model)
+    with optimizer.averaged():
+        assert torch.equal(flat(model), last)
+    optimizer.param_groups[0]["decay"] = 0.5
+    share, expected = 0.5 / (1 - 0.5**4), last
+    backward(model, 3)
+    optimizer.step()
+    expected = last + share * (flat(model) - last)
+    with optimizer.averaged():
+        torch.testing.assert_close(flat(model), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("composed", [Averaged, ScheduleFree])
+@every_rule
+def test_a_composition_is_read_from_its_text_and_copied(base, composed):
+    if composed is ScheduleFree and not base().first_moment:
+        with pytest.raises(TypeError, match="a rule with a first moment"):
+            composed(base)
+        return
+    for given in ({}, {"lr": 0.07}):
+        tower = Hyper(composed(base), **given).stack(Adam)
+        for again in (Hyper.parse(str(tower)), copy.deepcopy(tower), pickle.loads(pickle.dumps(tower))):
+            assert again == tower
+            assert again.rule == tower.rule
+            assert type(again.rule) is type(tower.rule)
+    plain = base()
+    assert all(
+        getattr(tower.rule, f.name) == getattr(plain, f.name) for f in dataclasses.fields(tower.rule) if f.name in ("eps", "weight_decay")
+    )
+
+
+def test_a_variant_keeps_its_own_defaults_through_text():
+    for composed in (ScheduleFree, Averaged):
+        tower = Hyper(composed(AdamW))
+        assert tower.rule.weight_decay == Hyper.parse(str(tower)).rule.weight_decay == AdamW().weight_decay == 0.01
+        without = Hyper(composed(AdamW), weight_decay=0.0)
+        assert Hyper.parse(str(without)).rule.weight_decay == 0
+        assert str(without) != str(tower)
+    tower = Hyper(Averaged(AdamW, decay=0.75), lr=0.3, learn=("lr", "decay")).stack(Averaged(SGD))
+    assert str(tower) == "Averaged(AdamW)(lr=0.3, decay=0.75, learn=(lr, decay)) / Averaged(SGD)"
+    assert Hyper.parse(str(tower)).rule == tower.rule
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Averaged(int), TypeError, "Averaged takes a rule, such as Adam or SGD, by its class"),
+        (lambda: Averaged(Adam(lr=0.1)), TypeError, r"by its class, got Adam\(.*Averaged\(Adam\)\(lr=0.01\)"),
+        (lambda: Averaged(ScheduleFree(Adam)), TypeError, r"does not average by itself, got ScheduleFree\(Adam\)"),
+        (lambda: Averaged(Averaged(Adam)), TypeError, r"does not average by itself, got Averaged\(Adam\)"),
+        (lambda: ScheduleFree(Averaged(Adam)), TypeError, "ScheduleFree takes a rule with a first moment"),
+        (lambda: Averaged(Adam, decay=1.0), ValueError, r"Averaged\(Adam\)\(decay = 1\) divides by .* give a decay below 1"),
+        (lambda: Averaged(Adam, decay=-0.1), ValueError, "decay.* = -0.1 is outside its domain"),
+        (lambda: Averaged(Adam, decay=math.nan), ValueError, "decay.* = nan is outside its domain"),
+        (lambda: Averaged(Adam, decay="long"), TypeError, "decay.* must be a number, got 'long'"),
+        (lambda: Averaged(Adam)(beta1=1.0), ValueError, "beta1 or beta2 = 1"),
+        (lambda: Averaged(Adam)(momentum=0.9), TypeError, "momentum"),
+        (lambda: Hyper(Averaged(Adam), momentum=0.9), ValueError, r"Averaged\(Adam\) has no hyperparameter or option 'momentum'"),
+        (lambda: Hyper(Averaged(SGD), nesterov=True), ValueError, "needs momentum > 0"),
+        (lambda: Hyper(Averaged(Adam, decay=0.0), learn="decay").stack(SGD), ValueError, "decay = 0.0 of .* cannot be learned"),
+        (lambda: Hyper.parse("Averaged(Adam, decay=0.5)"), ValueError, "values go behind it"),
+        (lambda: Hyper.parse("Averaged(Averaged(Adam))"), ValueError, "does not average by itself"),
+    ],
+)
+def test_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_an_assigned_decay_of_1_raises_as_at_construction():
+    model, optimizer = trained(Hyper(Averaged(Adam), lr=0.01), range(3))
+    optimizer.param_groups[0]["decay"] = 1.0
+    backward(model, 3)
+    with pytest.raises(ValueError, match="give a decay below 1"):
+        optimizer.step()

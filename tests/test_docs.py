@@ -12,7 +12,7 @@ import torch
 from cases import CASES
 
 import hyperopt
-from hyperopt import Interval, Positive, Rule, ScheduleFree
+from hyperopt import ADOPT, SGD, Adam, AdaShift, Averaged, Hyper, Interval, Lion, Positive, Rule, ScheduleFree, Yogi
 
 README = Path(__file__).parent.parent / "README.md"
 MODULES = ["hyperopt", *(m.name for m in pkgutil.walk_packages(hyperopt.__path__, "hyperopt."))]
@@ -51,23 +51,56 @@ def test_readme_links_exist():
         assert (README.parent / target).exists(), target
 
 
+# What cannot be learned, and why: options are choices and not numbers; the others make no difference that a gradient could see.
+NOT_LEARNABLE = {
+    AdaShift: {"n": "a whole number"},
+    ADOPT: {"clip, clip_power": "with `clipped=False` they are not used"},
+    Lion: {"beta1, beta2": "while `eps` is 0: a sign has no derivative"},
+    Yogi: {"v0": "used once, before the first step"},
+    Averaged(Adam): {"decay": "training gradients never see the average"},
+}
+
+
 def rules_table() -> str:
     """The README's table: what each rule can learn, from the rules themselves and from the rows that the tests run on."""
     late = {type(case.rule): case.late for case in CASES if case.late}
     lines = [
-        "| rule | learned in (0, 1), by the logit | learned above 0, by the logarithm | only at horizon > 1 | options |",
-        "| --- | --- | --- | --- | --- |",
+        "| rule | by default | in (0, 1), by the logit | above 0, by the logarithm | only at horizon > 1 | not learnable, and why |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     found = [getattr(hyperopt, name) for name in hyperopt.__all__]
     classes = [rule for rule in found if isinstance(rule, type) and issubclass(rule, Rule) and rule is not Rule]
-    for rule in sorted([*classes, ScheduleFree(hyperopt.Adam), ScheduleFree(hyperopt.SGD)], key=lambda rule: rule.__name__.lower()):
+    composed = [ScheduleFree(Adam), ScheduleFree(SGD), Averaged(Adam)]
+    for rule in sorted([*classes, *composed], key=lambda rule: rule.__name__.lower()):
         declared = rule.declared()
-        options = [f.name for f in dataclasses.fields(rule) if f.name not in declared]
-        spaces = [[name for name, d in declared.items() if isinstance(d.domain, kind)] for kind in (Interval, Positive)]
-        assert sum(map(len, spaces)) == len(declared), f"{rule.__name__} has a domain that the table has no column for"
-        cells = [*spaces, late.get(rule, ()), options]
-        lines.append(f"| `{rule.__name__}` | " + " | ".join(", ".join(f"`{name}`" for name in cell) or "–" for cell in cells) + " |")
+        default = Hyper(rule).stack(SGD).learning
+        not_learnable = dict(NOT_LEARNABLE.get(rule, {}))
+        never = {"decay"} if rule is Averaged(Adam) else set()
+        spaces = [[n for n, d in declared.items() if isinstance(d.domain, kind) and n not in default] for kind in (Interval, Positive)]
+        assert sum(map(len, spaces)) + len(default) == len(declared), f"{rule.__name__} has a domain that the table has no column for"
+        spaces = [[n for n in space if n not in never] for space in spaces]
+        choices = [f.name for f in dataclasses.fields(rule) if f.name not in declared and f.name not in not_learnable]
+        not_learnable |= {", ".join(choices): "choices" if len(choices) > 1 else "a choice"} if choices else {}
+        reasons = "; ".join(f"{', '.join(f'`{n}`' for n in names.split(', '))}: {why}" for names, why in not_learnable.items())
+        cells = [", ".join(f"`{name}`" for name in cell) or "–" for cell in (default, *spaces, late.get(rule, ()))]
+        lines.append(f"| `{rule.__name__}` | {' | '.join(cells)} | {reasons or '–'} |")
     return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [(ADOPT(clipped=False), ("clip", "clip_power")), (Lion(), ("beta1", "beta2")), (Averaged(Adam, decay=0.5), ("decay",))],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_table_calls_not_learnable_has_no_hypergradient(rule, names):
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Hyper(rule, learn=("lr", *names)).stack(SGD).bind([w])
+    for step in range(5):
+        w.grad = w.detach() * (step + 1)
+        optimizer.step()
+    found = optimizer.hypergradients()
+    assert found["0.lr"] != 0
+    assert all(found[f"0.{name}"] == 0 for name in names)
 
 
 def test_the_readme_has_the_table_of_rules():

@@ -9,11 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperopt import Interval, Positive, Real, UnitInterval
+from hyperopt.domains import complement
 
 seeded = settings(derandomize=True, deadline=None, max_examples=200)
 
 DTYPES = (torch.float32, torch.float64)
-FIXED = [Positive(), UnitInterval(), Interval(100, 101), Interval(-3, 0.1), Interval(0.9, 1), Interval(-1e-3, 1e3), Interval(1e-8, 1e-2)]
+FIXED = [
+    Positive(),
+    Positive(0.1),
+    UnitInterval(),
+    Interval(100, 101),
+    Interval(-3, 0.1),
+    Interval(0.9, 1),
+    Interval(-1e-3, 1e3),
+    Interval(1e-8, 1e-2),
+]
 ends = st.floats(-1e6, 1e6).map(lambda x: round(x, 4))
 # An interval narrower than a thousandth of its ends has too few float32 numbers inside to learn among.
 intervals = st.tuples(ends, ends).filter(lambda e: e[1] - e[0] > 1e-3 * max(abs(e[0]), abs(e[1]))).map(lambda e: Interval(*e))
@@ -64,7 +74,7 @@ def test_positive_value_to_raw_to_value(value):
 
 
 @seeded
-@given(raw=st.floats(-12, 12), domain=st.sampled_from([Positive(), UnitInterval(), Interval(0, 3), Interval(-1, 1), Real()]))
+@given(raw=st.floats(-12, 12), domain=st.sampled_from([Positive(), Positive(0.1), UnitInterval(), Interval(0, 3), Interval(-1, 1), Real()]))
 def test_raw_to_value_to_raw(raw, domain):
     back = domain.raw(domain.value(torch.tensor(raw, dtype=torch.float64)))
     assert math.isclose(float(back), raw, rel_tol=1e-9, abs_tol=1e-9)
@@ -93,7 +103,7 @@ def exact_value(domain, raw):
     """The value of a raw number in 50 digits."""
     raw = mpmath.mpf(raw)
     if isinstance(domain, Positive):
-        return mpmath.exp(raw)
+        return mpmath.exp(domain.scale * raw)
     low, high = (mpmath.mpf(e) for e in domain.bounds())
     return low + (high - low) / (1 + mpmath.exp(-raw))
 
@@ -125,6 +135,28 @@ def test_complement_keeps_its_digits_near_1(domain, raw, dtype):
         exact = 1 - exact_value(domain, float(at))
         error = abs(mpmath.mpf(float(domain.complement(at))) / exact - 1)
     assert error < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("domain", [UnitInterval(), Interval(0.5, 1)], ids=repr)
+@pytest.mark.parametrize("beta", ["0.6", "0.9", "0.99", "0.999", "0.9999", "0.99999", "0.999999"])
+def test_a_learned_beta_starts_where_a_held_one_does(domain, beta):
+    """float32 holds 0.99900001 for 0.999: its complement is that of the decimal, held as well as learned."""
+    value = torch.tensor(float(beta))
+    exact = float(1 - mpmath.mpf(beta))
+    assert float(complement(value)) == pytest.approx(exact, rel=1e-7)
+    assert float(domain.complement(domain.raw(value))) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, at the first dual number
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_taking_the_decimal_leaves_the_derivative_alone(dtype):
+    """Most numbers of float32 near 1 are the nearest to some decimal, and rounding to it has no derivative of its own."""
+    value = torch.tensor([0.3, 0.9, 0.999, 0.9999999, 2 / 3], dtype=dtype)
+    for function, slope in ((complement, -torch.ones_like(value)), (UnitInterval().raw, 1 / (value * complement(value)))):
+        _, forward = torch.func.jvp(function, (value,), (torch.ones_like(value),))
+        (backward,) = torch.autograd.grad(function(leaf := value.clone().requires_grad_()).sum(), leaf)
+        torch.testing.assert_close(forward, slope)
+        torch.testing.assert_close(backward, slope)
 
 
 def test_interval_far_from_zero():

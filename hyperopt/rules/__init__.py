@@ -7,6 +7,7 @@ from .adamax import Adamax
 from .adan import Adan
 from .adashift import AdaShift
 from .adopt import ADOPT
+from .averaged import Averaged
 from .exponent import Exponent, Padam
 from .lion import Lion
 from .nadam import NAdam
@@ -27,6 +28,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "Averaged",
     "Exponent",
     "Lion",
     "NAdam",

@@ -51,5 +51,8 @@ class Adadelta(Rule):
         s = torch.lerp(state["s"], square(d), h.one_minus("rho"))
         return x - h.lr * d, {"v": v, "s": s}
 
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return root(state["v"] + h.eps) / root(state["s"] + h.eps)
+
     def linear_in_lr(self) -> bool:
         return self.weight_decay == 0

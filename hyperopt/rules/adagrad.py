@@ -49,9 +49,13 @@ class Adagrad(Rule):
             g = g + h.weight_decay * x
         # A sum, unlike an average, of finite squares may be infinite.
         v = (state["v"] + square(g)).clamp_max(torch.finfo(g.dtype).max)
-        total = v if self.initial_accumulator_value == 0 else v + h.initial_accumulator_value
         step = h.lr if self.lr_decay == 0 else h.lr / (1 + (t - 1) * h.lr_decay)
-        return x - step * g / (root(total) + h.eps), {"v": v}
+        new = {"v": v}
+        return x - step * g / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        total = state["v"] if self.initial_accumulator_value == 0 else state["v"] + h.initial_accumulator_value
+        return root(total) + h.eps
 
     def linear_in_lr(self) -> bool:
         return self.weight_decay == 0

@@ -1,14 +1,13 @@
 """Adam and AdamW."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root, square
+from ..rule import Rule, State, Values, Variant, hyper, root, square
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,22 @@ class Adam(Rule):
         if self.weight_decay != 0 and not self.decoupled:
             g = g + h.weight_decay * x
         v = torch.lerp(state["v"], square(g), h.one_minus("beta2"))
-        m, new, step, eps = g, {"v": v}, h.lr, h.eps
+        m, new, step = g, {"v": v}, h.lr
         if self.amsgrad:
-            v = new["v_max"] = torch.maximum(state["v_max"], v)
+            new["v_max"] = torch.maximum(state["v_max"], v)
         if self.bias_correction:
             # m̂ / (√v̂ + eps) with both corrections moved to the scalars: one pass over the weights less.
-            root_bias2 = h.one_minus_power("beta2", t).sqrt()
-            step, eps = step * root_bias2, eps * root_bias2
+            step = step * h.one_minus_power("beta2", t).sqrt()
         if self.beta1 != 0:
             m = new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
             step = step / h.one_minus_power("beta1", t) if self.bias_correction else step
         if self.decoupled and self.weight_decay != 0:
             x = x * self.shrink(h)
-        return x - step * m / (root(v) + eps), new
+        return x - step * m / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        eps = h.eps * h.one_minus_power("beta2", t).sqrt() if self.bias_correction else h.eps
+        return root(state["v_max" if self.amsgrad else "v"]) + eps
 
     def linear_in_lr(self) -> bool:
         return self.decoupled or self.weight_decay == 0
@@ -85,4 +87,4 @@ class Adam(Rule):
         return 1 - h.lr * h.weight_decay if self.decoupled and self.weight_decay != 0 else 1.0
 
 
-AdamW = partial(Adam, weight_decay=1e-2, decoupled=True)
+AdamW = Variant(Adam, weight_decay=1e-2, decoupled=True)

@@ -54,9 +54,13 @@ class Adamax(Rule):
             g = g + h.weight_decay * x
         m = torch.lerp(state["m"], g, h.one_minus("beta1"))
         u = torch.maximum(h.beta2 * state["u"], g.abs() + h.eps)
-        # u is 0 only where eps is: no gradient yet, and m is 0 as well.
         step = h.lr / h.one_minus_power("beta1", t)
-        return x - step * m / u.clamp_min(torch.finfo(u.dtype).tiny), {"m": m, "u": u}
+        new = {"m": m, "u": u}
+        return x - step * m / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        # u is 0 only where eps is: no gradient yet, and m is 0 as well.
+        return state["u"].clamp_min(torch.finfo(state["u"].dtype).tiny)
 
     def linear_in_lr(self) -> bool:
         return self.weight_decay == 0

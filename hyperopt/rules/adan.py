@@ -61,11 +61,14 @@ class Adan(Rule):
         m = torch.lerp(state["m"], g, h.one_minus("beta1"))
         v = torch.lerp(state["v"], d, h.one_minus("beta2"))
         n = torch.lerp(state["n"], square(g + h.beta2 * d), h.one_minus("beta3"))
-        look, step, eps = h.beta2, h.lr, h.eps
+        look, step, new = h.beta2, h.lr, {"m": m, "v": v, "n": n, "g": g}
         if self.bias_correction:
-            bias1, bias2, root_bias3 = h.one_minus_power("beta1", t), h.one_minus_power("beta2", t), h.one_minus_power("beta3", t).sqrt()
-            look, step, eps = h.beta2 * bias1 / bias2, h.lr * root_bias3 / bias1, h.eps * root_bias3
-        return x * self.shrink(h) - step * (m + look * v) / (root(n) + eps), {"m": m, "v": v, "n": n, "g": g}
+            bias1, bias2 = h.one_minus_power("beta1", t), h.one_minus_power("beta2", t)
+            look, step = h.beta2 * bias1 / bias2, h.lr * h.one_minus_power("beta3", t).sqrt() / bias1
+        return x * self.shrink(h) - step * (m + look * v) / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return root(state["n"]) + (h.eps * h.one_minus_power("beta3", t).sqrt() if self.bias_correction else h.eps)
 
     def linear_in_lr(self) -> bool:
         return True

@@ -57,10 +57,12 @@ class AdaShift(Rule):
         for one in rest:
             m, total = h.beta1 * m + one, h.beta1 * total + 1
         v = torch.lerp(state["v"], square(oldest), h.one_minus("beta2"))
-        bias2 = h.one_minus_power("beta2", (t - self.n).clamp_min(1))
+        new = {**{f"g{i}": one for i, one in enumerate(rest)}, "v": v}
         # Over an infinite denominator the first n steps move nothing, and neither do their derivatives.
-        d = torch.where(t > self.n, root(v / bias2) + h.eps, math.inf)
-        return x - h.lr * (m / total) / d, {**{f"g{i}": one for i, one in enumerate(rest)}, "v": v}
+        return x - h.lr * (m / total) / torch.where(t > self.n, self.metric(new, h, t), math.inf), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return root(state["v"] / h.one_minus_power("beta2", (t - self.n).clamp_min(1))) + h.eps
 
     def linear_in_lr(self) -> bool:
         return True

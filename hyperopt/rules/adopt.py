@@ -65,5 +65,8 @@ class ADOPT(Rule):
             x = x * torch.where(first, 1.0, 1 - h.lr * h.weight_decay)
         return x - h.lr * m, {"m": m, "v": torch.where(first, u, torch.lerp(v, u, h.one_minus("beta2")))}
 
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return torch.maximum(root(state["v"]), h.eps)
+
     def linear_in_lr(self) -> bool:
         return self.weight_decay == 0  # there is no decay at the first call, so ∂x'/∂x depends on t

@@ -1,13 +1,12 @@
 """The exponent family, and Padam."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, power
+from ..rule import Rule, State, Values, Variant, hyper, power
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Exponent(Rule):
     beta1: float = hyper(0.9, UnitInterval())
     beta2: float = hyper(0.999, UnitInterval())
     eps: float = hyper(1e-8, Positive())
-    eta: float = hyper(2.0, Positive())
+    eta: float = hyper(2.0, Positive(scale=0.1))
     p: float = hyper(0.5, UnitInterval())
     weight_decay: float = hyper(0.0, Positive())
     running_max: bool = False
@@ -68,15 +67,20 @@ class Exponent(Rule):
         if self.weight_decay != 0 and not self.decoupled:
             g = g + h.weight_decay * x
         m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        v = v_hat = torch.lerp(state["v"], power(g.abs(), h.eta), h.one_minus("beta2"))
-        step, new = h.lr, {"m": m, "v": v}
-        if self.bias_correction:
-            step, v_hat = h.lr / h.one_minus_power("beta1", t), v / h.one_minus_power("beta2", t)
+        new = {"m": m, "v": torch.lerp(state["v"], power(g.abs(), h.eta), h.one_minus("beta2"))}
+        step = h.lr / h.one_minus_power("beta1", t) if self.bias_correction else h.lr
         if self.running_max:
-            new["v_max"] = v_hat = torch.maximum(state["v_max"], v_hat)
+            new["v_max"] = torch.maximum(state["v_max"], self._corrected(new["v"], h, t))
         if self.decoupled and self.weight_decay != 0:
             x = x * self.shrink(h)
-        return x - step * m / power(power(v_hat, 1 / h.eta) + h.eps, 2 * h.p), new
+        return x - step * m / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        v_hat = state["v_max"] if self.running_max else self._corrected(state["v"], h, t)
+        return power(power(v_hat, 1 / h.eta) + h.eps, 2 * h.p)
+
+    def _corrected(self, v: Tensor, h: Values, t: Tensor) -> Tensor:
+        return v / h.one_minus_power("beta2", t) if self.bias_correction else v
 
     def linear_in_lr(self) -> bool:
         return self.decoupled or self.weight_decay == 0
@@ -85,4 +89,4 @@ class Exponent(Rule):
         return 1 - h.lr * h.weight_decay if self.decoupled and self.weight_decay != 0 else 1.0
 
 
-Padam = partial(Exponent, lr=0.1, p=0.125, running_max=True, bias_correction=False)
+Padam = Variant(Exponent, lr=0.1, p=0.125, running_max=True, bias_correction=False)

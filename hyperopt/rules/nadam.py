@@ -63,10 +63,13 @@ class NAdam(Rule):
         mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (s * h.momentum_decay)) for s in (t, t + 1))
         p = state["p"] * mu
         m_hat = mu_next / (1 - p * mu_next) * m + (1 - mu) / (1 - p) * g
-        denominator = root(v) / h.one_minus_power("beta2", t).sqrt() + h.eps
+        new = {"m": m, "v": v, "p": p}
         if self.decoupled and self.weight_decay != 0:
             x = x * self.shrink(h)
-        return x - h.lr * m_hat / denominator, {"m": m, "v": v, "p": p}
+        return x - h.lr * m_hat / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return root(state["v"]) / h.one_minus_power("beta2", t).sqrt() + h.eps
 
     def linear_in_lr(self) -> bool:
         return self.decoupled or self.weight_decay == 0

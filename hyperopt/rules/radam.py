@@ -61,10 +61,16 @@ class RAdam(Rule):
         v = torch.lerp(state["v"], square(g), h.one_minus("beta2"))
         rectified, r = self._rectification(h, t)
         scale = torch.where(rectified, r.to(m) * h.one_minus_power("beta2", t).sqrt(), 1.0)
-        denominator = torch.where(rectified, root(v) + h.eps, 1.0)
+        new = {"m": m, "v": v}
         if self.decoupled and self.weight_decay != 0:
             x = x * self.shrink(h)
-        return x - h.lr * scale / h.one_minus_power("beta1", t) * m / denominator, {"m": m, "v": v}
+        return x - h.lr * scale / h.one_minus_power("beta1", t) * m / self._denominator(rectified, new, h), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return self._denominator(self._rectification(h, t)[0], state, h)
+
+    def _denominator(self, rectified: Tensor, state: State, h: Values) -> Tensor:
+        return torch.where(rectified, root(state["v"]) + h.eps, 1.0)
 
     def _rectification(self, h: Values, t: Tensor) -> tuple[Tensor, Tensor]:
         # ρ near 5 is the difference of two numbers near 2000 at beta2 = 0.999: three digits are left of it in float32.

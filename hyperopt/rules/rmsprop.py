@@ -52,14 +52,16 @@ class RMSprop(Rule):
         if self.weight_decay != 0:
             g = g + h.weight_decay * x
         new = {"v": torch.lerp(state["v"], square(g), h.one_minus("alpha"))}
-        variance = new["v"]
         if self.centered:
             new["m"] = torch.lerp(state["m"], g, h.one_minus("alpha"))
-            variance = variance - square(new["m"])
-        d = g / (root(variance) + h.eps)
+        d = g / self.metric(new, h, t)
         if self.momentum != 0:
             d = new["b"] = h.momentum * state["b"] + d
         return x - h.lr * d, new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        variance = state["v"] - square(state["m"]) if self.centered else state["v"]
+        return root(variance) + h.eps
 
     def linear_in_lr(self) -> bool:
         return self.weight_decay == 0

@@ -1,7 +1,7 @@
 """Schedule-Free: averaging of the weights inside the rule, in place of a learning rate schedule."""
 
 import dataclasses
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..domains import UnitInterval
 from ..rule import Rule, State, Values, hyper
+from .composition import Composed, compose
 
 
 @cache
@@ -35,32 +36,27 @@ def ScheduleFree(base: Any) -> type[Rule]:
     >>> Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam)
     Hyper('ScheduleFree(Adam)(lr=0.01) / Adam')
     """
-    plain = base()
-    if not isinstance(plain, Rule) or not plain.first_moment:
+    plain = base() if callable(base) else None
+    if not isinstance(plain, Rule) or not plain.first_moment or plain.average:
         raise TypeError(f"ScheduleFree takes a rule with a first moment, such as Adam or SGD, got {base!r}")
-    kept = plain.declared().keys() - {"beta1", *plain.first_moment}
-    own = [f for f in dataclasses.fields(plain) if f.name in kept]
-    fields: list[Any] = [(f.name, f.type, dataclasses.field(default=getattr(plain, f.name), metadata=f.metadata)) for f in own]
-    name = f"ScheduleFree({getattr(base, '__name__', type(plain).__name__)})"
-    fields.append(("beta1", float, hyper(0.9, UnitInterval())))
-    return dataclasses.make_dataclass(name, fields, bases=(_ScheduleFree,), frozen=True, namespace={"base": base, "__module__": __name__})
+    options = {f.name for f in dataclasses.fields(plain)} - plain.declared().keys()
+    left_out = {"beta1", *plain.first_moment, *options}
+    return compose(_ScheduleFree, ScheduleFree, base, without=left_out, also=[("beta1", hyper(0.9, UnitInterval()))])
 
 
-class _ScheduleFree(Rule):
+class _ScheduleFree(Composed):
     # z moves farther than the weights y: on MNIST validation data 0.03 ends at 4.7 to 5.4 %, 0.1 at 2.3 to 2.8 %.
     trust: ClassVar[float] = 0.1
     moves: ClassVar[str] = "z"
     average: ClassVar[str] = "average"
-    base: ClassVar[Any]
     if TYPE_CHECKING:
         weight_decay: float
 
-    @property
+    @cached_property
     def inner(self) -> Rule:
         """`base` with this rule's values, no first moment and no weight decay, which is taken at y."""
-        plain = self.base()
-        values = {n: getattr(self, n) for n in plain.declared() if hasattr(self, n)}
-        return dataclasses.replace(plain, **{**values, **dict.fromkeys((*plain.first_moment, "weight_decay"), 0.0)})
+        plain = super().inner
+        return dataclasses.replace(plain, **dict.fromkeys((*plain.first_moment, "weight_decay"), 0.0))
 
     def init(self, x: Tensor) -> State:
         return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(())}
@@ -70,15 +66,16 @@ class _ScheduleFree(Rule):
         z, own = self.inner.update(state["z"], g, own, h, t)
         if self.weight_decay != 0:
             z = z - h.lr * h.weight_decay * x
-        squared = h.lr * h.lr
-        weight = state["weight"] + squared
-        average = torch.lerp(state["average"], z, squared / weight.clamp_min(torch.finfo(weight.dtype).tiny))
+        weight = state["weight"] + h.lr * h.lr
+        average = torch.lerp(state["average"], z, self._share(weight, h))
         return torch.lerp(z, average, h.beta1), {**own, "z": z, "average": average, "weight": weight}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class was made by a call, and is found again by the same call.
-        return _make, (self.base, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+    def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        average = state["average"] + self._share(state["weight"], h) * (place - state["z"])
+        return torch.lerp(place, average, h.beta1), {**state, "z": place, "average": average}
 
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
+        return self.inner.metric(state, h, t)
 
-def _make(base: Any, values: dict[str, Any]) -> Rule:
-    return ScheduleFree(base)(**values)
+    def _share(self, weight: Tensor, h: Values) -> Tensor:
+        return h.lr * h.lr / weight.clamp_min(torch.finfo(weight.dtype).tiny)

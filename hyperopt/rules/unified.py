@@ -65,7 +65,7 @@ class Unified(Rule):
     beta1: float = hyper(0.9, UnitInterval())
     beta2: float = hyper(0.999, UnitInterval())
     damping: float = hyper(1e-8, UnitInterval())
-    eta: float = hyper(2.0, Positive())
+    eta: float = hyper(2.0, Positive(scale=0.1))
     nesterov: float = hyper(0.0, UnitInterval())
     amsgrad: float = hyper(0.0, UnitInterval())
     adopt: float = hyper(0.0, UnitInterval())
@@ -97,12 +97,16 @@ class Unified(Rule):
         if self.amsgrad != 0:
             new["v_max"] = torch.maximum(state["v_max"], v)
         d = new["m"] if self.nesterov == 0 else new["m"] + h.nesterov * h.one_minus("beta1") * (n - new["m"])
-        scale, damping = self._terms(self._blend(new, h), h, t)
-        d = d / (scale + damping if self.adopt == 0 else power(scale + damping, h.one_minus("adopt")))
+        metric = self.metric(new, h, t)
+        d = d / (metric if self.adopt == 0 else power(metric, h.one_minus("adopt")))
         step = h.lr if self.correction == 0 else h.lr / h.one_minus_power("beta1", t).pow(h.correction)
         if self.decoupled and self.weight_decay != 0:
             x = x * self.shrink(h)
         return x - step * d, new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        scale, damping = self._terms(self._blend(state, h), h, t)
+        return scale + damping
 
     def _blend(self, state: State, h: Values) -> Tensor:
         return state["v"] if self.amsgrad == 0 else torch.lerp(state["v"], state["v_max"], h.amsgrad)

@@ -55,11 +55,13 @@ class Yogi(Rule):
         u = square(g)
         m = torch.lerp(state["m"], g, h.one_minus("beta1"))
         v = state["v"] - h.one_minus("beta2") * (state["v"] - u).sign() * u
-        step, eps = h.lr, h.eps
+        step, new = h.lr, {"m": m, "v": v}
         if self.bias_correction:
-            root_bias2 = h.one_minus_power("beta2", t).sqrt()
-            step, eps = h.lr * root_bias2 / h.one_minus_power("beta1", t), h.eps * root_bias2
-        return x - step * m / (root(v) + eps), {"m": m, "v": v}
+            step = h.lr * h.one_minus_power("beta2", t).sqrt() / h.one_minus_power("beta1", t)
+        return x - step * m / self.metric(new, h, t), new
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
+        return root(state["v"]) + (h.eps * h.one_minus_power("beta2", t).sqrt() if self.bias_correction else h.eps)
 
     def linear_in_lr(self) -> bool:
         return True

@@ -1,0 +1,71 @@
+"""BatchNorm's statistics for averaged weights: those of a forward pass in training mode, and gone again afterwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hyperopt import Adam, Hyper, ScheduleFree, batch_statistics
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5, momentum=0.3))
+
+
+def batches(n=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 1, 6, 6, generator=generator) + 2 for _ in range(n)]
+
+
+def trained():
+    model = net()
+    optimizer = Hyper(ScheduleFree(Adam), lr=0.05).stack(Adam).bind(model.parameters())
+    for x in batches():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["inputs", "pairs"])
+def test_the_statistics_are_those_of_the_averaged_weights_and_training_gets_its_own_back(pairs):
+    model, optimizer = trained()
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    given = [(x, None) if pairs else x for x in batches()]
+    with optimizer.averaged(), batch_statistics(model, given):
+        assert [m.training for m in model] == [True, False, True, True, True]
+        seen = model[0](torch.cat(batches())).detach()
+        torch.testing.assert_close(model[1].running_mean, seen.mean((0, 2, 3)))
+        torch.testing.assert_close(model[1].running_var, torch.stack([model[0](x).var((0, 2, 3)) for x in batches()]).mean(0).detach())
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model[4].momentum == 0.3
+
+
+def test_they_come_back_after_an_exception_inside_and_in_the_pass_itself():
+    model, _ = trained()
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+
+    def failing():
+        yield from batches(2)
+        raise KeyError("data")
+
+    with pytest.raises(KeyError, match="evaluation"), batch_statistics(model, batches()):
+        raise KeyError("evaluation")
+    with pytest.raises(KeyError, match="data"), batch_statistics(model, failing()):
+        pass
+    with pytest.raises(ValueError, match="no batches"), batch_statistics(model, []):
+        pass
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(m.training for m in model.modules())
+
+
+def test_without_batch_norm_no_batch_is_run():
+    with batch_statistics(nn.Linear(2, 2), iter([1 / 2, "not a batch"])) as nothing:
+        assert nothing is None
+    with batch_statistics(nn.BatchNorm1d(2, track_running_stats=False), []) as nothing:
+        assert nothing is None
