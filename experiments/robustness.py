@@ -1,102 +1,431 @@
-"""Test error against the initial learning rate, from 1e-8 to 1e2: what a tower makes of a bad start.
+"""What each method reaches from each initial learning rate, from 1e-8 to 1e2, on one workload: what it makes of a bad start.
 
-    python -m experiments.robustness            4 minutes on two cores, resumes where it was stopped
+    python -m experiments.robustness --workload m3          resumes where it was stopped; --figures only draws
 
-Protocol: MNIST, MLP 784-128-10, tanh, batch 256, 3 epochs, cross entropy; within a seed every run has the same initial weights and the
-same batches. Writes robustness_mnist.json (every run) and robustness_mnist.png to experiments/results.
+Workloads are those of experiments/workloads.py; within a seed every method has the same initial weights and the same batches. The
+recommended tower starts from eleven decades with three seeds on m3 and r12, from five with two seeds on the others. Every other method
+starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12), which is chosen on held-out
+training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad starts. --full does
+everything from everywhere. Prodigy and D-Adaptation have no lr: d0, their first estimate of the distance, takes its place.
+
+Writes robustness_<workload>.json (every run, at once), .md (the table) and .png to experiments/results.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
+import dadaptation
+import prodigyopt
+import schedulefree
 import torch
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch.nn.functional import cross_entropy
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from experiments import data, models, provenance
-from hyperopt import Hyper
+from experiments import data, provenance
+from experiments.workloads import WORKLOADS, Workload
+from hyperopt import Hyper, HyperOptimizer
 
-# The paper learns alpha itself and the betas, one step back, with a step size that its authors tuned for this model.
+Make = Callable[[nn.Module, float], list[Optimizer]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: a tower's text, or a function of the model and the lr that makes optimizers of torch."""
+
+    make: str | Make
+    grid: float | None = None  # the middle of the half-decade grid in which the best lr is looked for
+    cosine: bool = False  # lr falls to 0 over the run
+
+
+def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices between layers, which Muon is for, and the other parameters: embeddings, head, vectors, convolutions."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = [p for p in model.parameters() if p.dim() == 2][-1]
+    inside = [p for p in model.parameters() if p.dim() == 2 and p is not head and id(p) not in embeddings]
+    kept = {id(p) for p in inside}
+    return inside, [p for p in model.parameters() if id(p) not in kept]
+
+
+def muon(model: nn.Module, lr: float) -> list[Optimizer]:
+    """Muon, scaled so that one lr suits it and the Adam beside it."""
+    inside, others = hidden(model)
+    return [
+        torch.optim.Muon(inside, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(others, lr=lr),
+    ]
+
+
+# The paper learns alpha itself and the betas, one step back, with a step size that its authors tuned for the MLP.
 PAPER = "Adam(lr={lr}, learn=(lr, beta1, beta2), horizon=1, trust=None, domains={{lr: Real}}) / SGD(lr=1e-5, trust=None)"
-METHODS = {
-    "Adam": "Adam(lr={lr})",
-    "Adam / SGD, the paper's settings": PAPER,
-    "Adam / SGD": "Adam(lr={lr}) / SGD",
-    "Adam / Adam": "Adam(lr={lr}) / Adam",
-    "SGD(momentum=0.9) / Adam": "SGD(lr={lr}, momentum=0.9) / Adam",
+RECOMMENDED = "ScheduleFree(Adam) / Adam"
+TOWERS = {
+    "Adam": Method("Adam(lr={lr})", grid=3e-3),
+    "Adam / SGD, the paper's settings": Method(PAPER),
+    "Adam / SGD": Method("Adam(lr={lr}) / SGD"),
+    "Adam / Adam": Method("Adam(lr={lr}) / Adam"),
+    "SGD(momentum=0.9) / Adam": Method("SGD(lr={lr}, momentum=0.9) / Adam"),
+    RECOMMENDED: Method("ScheduleFree(Adam)(lr={lr}) / Adam"),
 }
+PEERS = {
+    "Schedule-Free AdamW": Method(lambda model, lr: [schedulefree.AdamWScheduleFree(model.parameters(), lr=lr)], grid=1e-2),
+    "Prodigy": Method(lambda model, lr: [prodigyopt.Prodigy(model.parameters(), d0=lr)], grid=1e-4),
+    "D-Adapt Adam": Method(lambda model, lr: [dadaptation.DAdaptAdam(model.parameters(), d0=lr)], grid=1e-4),
+    "Adam, cosine": Method(lambda model, lr: [torch.optim.Adam(model.parameters(), lr=lr)], grid=3e-3, cosine=True),
+    "SGD(momentum=0.9), cosine": Method(
+        lambda model, lr: [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)], grid=1e-1, cosine=True
+    ),
+    "Muon, cosine": Method(muon, grid=1e-2, cosine=True),
+}
+METHODS = TOWERS | PEERS
 STARTS = [10.0**k for k in range(-8, 3)]
+FEW = [1e-8, 1e-5, 1e-3, 1e-1, 1e2]
+GRID = [float(f"{digit}e{k}") for k in range(-8, 3) for digit in (1, 3)][:-1]
+LARGE = ("m3", "r12")  # with more starts and seeds
+# Adam's other hyperparameters at values that nobody would choose, with lr at torch's default.
+BAD = {"beta1": (0.1, 0.99, 0.999), "beta2": (0.5, 0.9, 0.99999), "eps": (1e-4, 1e-2, 1.0)}
+BAD_TOWERS = {
+    "Adam": "Adam(lr=0.001, {name}={value})",
+    "Adam / Adam": "Adam(lr=0.001, {name}={value}) / Adam",
+    "the same, learning it too": "Adam(lr=0.001, {name}={value}, learn=(lr, {name})) / Adam",
+    RECOMMENDED: "ScheduleFree(Adam)(lr=0.001, {name}={value}) / Adam",
+    "the recommended tower, learning it too": "ScheduleFree(Adam)(lr=0.001, {name}={value}, learn=(lr, {name})) / Adam",
+}
 
 
-def train(tower: str, images: data.Data, seed: int, epochs: int) -> dict[str, float]:
-    """One run; its test error in percent and the lr it ended with."""
-    torch.manual_seed(seed)
-    model = models.mlp()
-    optimizer = Hyper.parse(tower).bind(model.parameters())
-    shuffle = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for index in torch.randperm(len(images.train_x), generator=shuffle).split(256):
+class Run(NamedTuple):
+    """One training: a method by its name, or a tower by its text."""
+
+    method: str
+    start: float
+    seed: int
+    validation: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in the result file."""
+        return f"{self.method} | {self.start:g} | {self.seed}" + (" | validation" if self.validation else "")
+
+
+def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
+    """The metric at the end (None: not finite), the last training loss, the seconds and the lr that was learned."""
+    method = METHODS.get(run.method) or Method(run.method)
+    model = workload.model(run.seed, device)
+    if isinstance(method.make, str):
+        optimizers: list[Optimizer] = [Hyper.parse(method.make.format(lr=run.start)).bind(model.parameters())]
+    else:
+        optimizers = method.make(model, run.start)
+    schedulers = [CosineAnnealingLR(optimizer, workload.steps) for optimizer in optimizers] if method.cosine else []
+    switched = [optimizer for optimizer in optimizers if isinstance(optimizer, schedulefree.AdamWScheduleFree)]
+    for optimizer in switched:
+        optimizer.train()
+    started, losses = time.perf_counter(), []
+    for x, y in workload.batches(run.seed, device, validation=run.validation):
+        for optimizer in optimizers:
             optimizer.zero_grad()
-            cross_entropy(model(images.train_x[index]), images.train_y[index]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        wrong = model(images.test_x).argmax(1) != images.test_y
-    return {"error": 100 * wrong.float().mean().item(), "lr": optimizer.hyperparameters()["0.lr"].item()}
+        loss = workload.loss(model, x, y)
+        loss.backward()
+        for stepped in (*optimizers, *schedulers):
+            stepped.step()
+        losses.append(loss.detach())
+        # A tower skips a gradient that is not finite and goes on; after fifty of them nothing will come any more.
+        if len(losses) % 50 == 0 and not torch.stack(losses[-50:]).isfinite().any():
+            break
+    last = losses[-1].item()
+    seconds = time.perf_counter() - started
+    towers = [optimizer for optimizer in optimizers if isinstance(optimizer, HyperOptimizer)]
+    with ExitStack() as stack:
+        for optimizer in towers:
+            stack.enter_context(optimizer.averaged())
+        for optimizer in switched:
+            optimizer.eval()
+        if workload.batch_norm and (switched or any(tower.tower.rule.average for tower in towers)):
+            update_bn(islice(workload.batches(run.seed, device, validation=run.validation), 50), model)
+        metric = workload.evaluate(model, run.validation)
+    return {
+        "metric": metric if math.isfinite(metric) and math.isfinite(last) else None,
+        "loss": last if math.isfinite(last) else None,
+        "steps": len(losses),
+        "seconds": round(seconds, 2),
+        **({"lr": towers[0].hyperparameters()["0.lr"].item()} if towers else {}),
+    }
 
 
-def draw(runs: dict[str, dict[str, float]], seeds: int, caption: str, path: Path) -> None:
-    """One line a method, the band from the best to the worst seed."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for method in METHODS:
-        errors = [[runs[key(method, lr, seed)]["error"] for seed in range(seeds)] for lr in STARTS]
-        (line,) = axes.plot(STARTS, [statistics.mean(e) for e in errors], marker="o", label=method)
-        axes.fill_between(STARTS, [min(e) for e in errors], [max(e) for e in errors], alpha=0.2, color=line.get_color())
-    axes.set(xscale="log", yscale="log", xlabel="initial lr", ylabel="test error after 3 epochs, %")
-    axes.set_title(f"MNIST, MLP 784-128-10: mean of {seeds} seeds, band from best to worst")
-    axes.set_yticks([2.5, 5, 10, 20, 50, 90], labels=["2.5", "5", "10", "20", "50", "90"])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.supxlabel(caption, fontsize=7)
+def methods(workload: Workload) -> dict[str, Method]:
+    """Those that make sense on this workload."""
+    left_out = set()
+    if workload.name != "m3":
+        left_out.add("Adam / SGD")  # shown once, for what it cannot do
+    if not hasattr(torch.optim, "Muon") or not hidden(workload.model(0))[0]:
+        left_out.add("Muon, cosine")
+    return {name: method for name, method in METHODS.items() if name not in left_out}
+
+
+def extent(name: str, workload: Workload, full: bool) -> tuple[list[float], int]:
+    """The starts and the number of seeds of a method."""
+    large = workload.name in LARGE
+    if full or (name == RECOMMENDED and large) or (name in TOWERS and workload.name == "m3"):
+        return STARTS, 3
+    return FEW, 2 if name == RECOMMENDED else 1
+
+
+def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple[list[float], float | None]:
+    """The cells of the half-decade grid that have to be run, and the best of them once it is known.
+
+    Two on either side of the middle, and more as long as the best one lies on the border.
+    """
+    middle = GRID.index(method.grid) if method.grid else 0
+    low, high = (0, len(GRID) - 1) if full else (middle - 2, middle + 2)
+    while True:
+        cells = GRID[low : high + 1]
+        found = [runs.get(Run(name, cell, 0, validation=True).key) for cell in cells]
+        if None in found:
+            return cells, None
+        scores = [math.inf if run["metric"] is None else run["metric"] for run in found if run]
+        best = scores.index(min(scores))
+        if best == 0 and low > 0:
+            low -= 1
+        elif best == len(cells) - 1 and high < len(GRID) - 1:
+            high += 1
+        else:
+            return cells, cells[best]
+
+
+def plan(workload: Workload, runs: dict[str, Any], full: bool, only: Iterable[str] = (), validation: bool = False) -> list[Run]:
+    """The runs that can be done now; those at the best cells follow when the grid is done."""
+    planned: list[Run] = []
+    for name, method in methods(workload).items():
+        if only and name not in only:
+            continue
+        starts, seeds = extent(name, workload, full)
+        planned += [Run(name, start, seed, validation) for start in starts for seed in range(seeds)]
+        if method.grid:
+            cells, best = window(name, method, runs, full)
+            planned += [Run(name, cell, 0, validation=True) for cell in cells]
+            if best:
+                planned += [Run(name, best, seed, validation) for seed in range(best_seeds(workload, full))]
+    if workload.name == "m3" and not only:
+        planned += [Run(text, 1e-3, seed, validation) for text in bad_towers() for seed in range(3)]
+    return [run for run in dict.fromkeys(planned) if run.key not in runs]
+
+
+def best_seeds(workload: Workload, full: bool) -> int:
+    """The number of seeds at the best cell of a grid."""
+    return 3 if full or workload.name in LARGE else 1
+
+
+def bad_towers() -> Iterator[str]:
+    """The towers of the small table."""
+    for name, values in BAD.items():
+        for value in values:
+            for text in BAD_TOWERS.values():
+                yield text.format(name=name, value=value)
+
+
+def execute(runs: list[Run], workload: Workload, device: str, jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run with its result, as they finish; each process has one thread."""
+    if jobs == 1:
+        for run in runs:
+            yield run, train(run, workload, device)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            waiting = {pool.submit(in_process, run, workload.name, workload.steps, device): run for run in runs}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def in_process(run: Run, name: str, steps: int, device: str) -> dict[str, Any]:
+    """`train`, with what can be sent to a process."""
+    return train(run, replace(WORKLOADS[name], steps=steps), device)
+
+
+class Score(NamedTuple):
+    """The mean, best and worst seed of a cell; infinite where a run diverged."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def score(runs: dict[str, Any], name: str, start: float, seeds: int, validation: bool) -> Score | None:
+    """A cell's score over its finished seeds, None before the first."""
+    found = [runs[key] for seed in range(seeds) if (key := Run(name, start, seed, validation).key) in runs]
+    values = [math.inf if run["metric"] is None else run["metric"] for run in found]
+    return Score(statistics.mean(values), min(values), max(values)) if values else None
+
+
+class Line(NamedTuple):
+    """What is known of a method: its score at each of its starts, and its best cell."""
+
+    scores: dict[float, Score]
+    best: tuple[float, Score] | None
+
+
+def summary(result: dict[str, Any], workload: Workload) -> dict[str, Line]:
+    """A line for each method of which there is a run."""
+    runs, full, validation = result["runs"], result["full"], result["validation"]
+    lines = {}
+    for name, method in methods(workload).items():
+        starts, seeds = extent(name, workload, full)
+        scores = {start: found for start in starts if (found := score(runs, name, start, seeds, validation))}
+        cell = window(name, method, runs, full)[1] if method.grid else None
+        found = score(runs, name, cell, best_seeds(workload, full), validation) if cell else None
+        if scores or found:
+            lines[name] = Line(scores, (cell, found) if cell and found else None)
+    return lines
+
+
+def table(result: dict[str, Any], workload: Workload) -> str:
+    """The results in Markdown."""
+    measured = f"{'validation' if result['validation'] else 'test'} {workload.metric}"
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}" if math.isfinite(value) else "diverged"
+
+    head = [f"{measured} from lr", *(f"{start:.0e}" for start in STARTS), "worst", "worst / best", "best of the grid"]
+    rows = [head, ["---"] * len(head)]
+    for name, (scores, best) in summary(result, workload).items():
+        means = [found.mean for found in scores.values()]
+        spread = [cell(max(means)), cell(max(means) / min(means) if math.isfinite(max(means)) else math.inf)] if means else ["", ""]
+        tuned = f"{cell(best[1].mean)} at {best[0]:g}" if best else ""
+        rows.append([name, *(cell(scores[start].mean) if start in scores else "" for start in STARTS), *spread, tuned])
+    lines = [f"{workload.title}; mean of the seeds.", "", *("| " + " | ".join(row) + " |" for row in rows)]
+    small = [
+        (
+            name,
+            value,
+            [score(result["runs"], text.format(name=name, value=value), 1e-3, 3, result["validation"]) for text in BAD_TOWERS.values()],
+        )
+        for name, values in BAD.items()
+        for value in values
+    ]
+    if workload.name == "m3" and any(any(scores) for _, _, scores in small):
+        lines += ["", "From lr 1e-3 and one bad value of another hyperparameter; mean of 3 seeds.", ""]
+        lines += [f"| {measured} from | " + " | ".join(BAD_TOWERS) + " |", "| --- " * (1 + len(BAD_TOWERS)) + "|"]
+        lines += [f"| {name} {value:g} | " + " | ".join(cell(s and s.mean) for s in scores) + " |" for name, value, scores in small]
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
+    """Towers on the left, peers beside the recommended tower on the right: the mean of the seeds, a band from best to worst."""
+    lines = summary(result, workload)
+    top = 1.15 * workload.guess  # what is worse, or diverged, is drawn there
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, names in (left, TOWERS), (right, {RECOMMENDED: None, **PEERS}):
+        for number, name in enumerate(names):
+            if name in lines:
+                recommended = name == RECOMMENDED
+                draw_line(axes, name, lines[name], top, "black" if recommended else f"C{number}", 2.5 if recommended else 1.2)
+        axes.set(
+            xscale="log", yscale="log", xlabel="initial lr (Prodigy, D-Adapt: d0)" if axes is right else "initial lr", xlim=(5e-9, 2e2)
+        )
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7), numticks=30))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    left.set(title="towers", ylabel=f"{'validation' if result['validation'] else 'test'} {workload.metric}")
+    right.set(title="peers; star: the best lr of a grid")
+    left.set_ylim(top=top * 1.03)
+    figure.suptitle(f"{workload.title}; dotted: blind guessing, at the top: as bad or diverged")
+    figure.supxlabel(provenance.caption(result), fontsize=7)
     figure.savefig(path, dpi=110)
 
 
-def key(method: str, lr: float, seed: int) -> str:
-    """The name of a run in the result file."""
-    return f"{method} | {lr:g} | {seed}"
+def draw_line(axes: Axes, name: str, line: Line, top: float, color: str, width: float) -> None:
+    """One method."""
+    starts, scores = list(line.scores), list(line.scores.values())
+    axes.plot(starts, [min(s.mean, top) for s in scores], marker="o", markersize=4, color=color, linewidth=width, label=name)
+    axes.fill_between(starts, [min(s.low, top) for s in scores], [min(s.high, top) for s in scores], alpha=0.2, color=color)
+    if line.best:
+        axes.plot([line.best[0]], [min(line.best[1].mean, top)], marker="*", markersize=11, color=color)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """All at once: an interruption leaves the file as it was."""
+    new = path.with_suffix(".json.new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    workload: Annotated[str, typer.Option(help=f"one of {', '.join(WORKLOADS)}")] = "m3",
+    method: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    again: Annotated[
+        list[str] | None, typer.Option(help="forget the results of this method, or tower of the small table; may be repeated")
+    ] = None,
+    full: Annotated[bool, typer.Option(help="every method from all eleven starts, 3 seeds, and the whole half-decade grid")] = False,
+    validation: Annotated[bool, typer.Option(help="measure on held-out training data and leave the test data alone")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="fewer steps than the protocol has, to try the script")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="processes of one thread each")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/results"),
     figures: Annotated[bool, typer.Option(help="draw from the results that are there, train nothing")] = False,
 ) -> None:
-    """Run every method from every initial lr, and draw the figure."""
+    """Run what is missing, and draw the figure."""
+    if workload not in WORKLOADS:
+        raise typer.BadParameter(f"{workload!r} is none of {', '.join(WORKLOADS)}", param_hint="--workload")
+    for name in (*(method or ()), *(again or ())):
+        if name not in METHODS and name not in bad_towers():
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(map(repr, METHODS))}", param_hint="--method, --again")
+    torch.set_num_threads(1)
+    chosen = WORKLOADS[workload]
+    if steps is not None:
+        chosen = replace(chosen, steps=steps, title=f"{chosen.title}, only {steps} steps of it")
+    path = out / f"robustness_{workload}{'_validation' if validation else ''}.json"
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["steps"] != chosen.steps:
+            raise typer.BadParameter(f"{path} holds runs of {result['steps']} steps: choose another --out", param_hint="--steps")
+    else:
+        header = {"workload": workload, "protocol": chosen.title, "metric": chosen.metric, "steps": chosen.steps}
+        result = {**provenance.stamp(), **header, "validation": validation, "full": full, "runs": {}}
+    if not figures:
+        result["full"] = full
+    for key in [key for key in result["runs"] if key.partition(" | ")[0] in (again or ())]:
+        del result["runs"][key]
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "robustness_mnist.json"
-    result = json.loads(path.read_text()) if path.exists() else {**provenance.stamp(), "epochs": epochs, "runs": {}}
-    runs = result["runs"]
-    missing = [(m, lr, s) for m in METHODS for lr in STARTS for s in range(seeds) if key(m, lr, s) not in runs]
-    if missing and not figures:
-        images = data.load("mnist")
-        for method, lr, seed in tqdm(missing, unit="run"):
-            runs[key(method, lr, seed)] = train(METHODS[method].format(lr=lr), images, seed, epochs)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-    draw(runs, seeds, provenance.caption(result), path.with_suffix(".png"))
+    commit = provenance.stamp()["commit"]
+    while not figures and (missing := plan(chosen, result["runs"], full, method or (), validation)):
+        try:
+            for run, found in tqdm(execute(missing, chosen, device, jobs), total=len(missing), unit="run"):
+                result["runs"][run.key] = {**found, "device": device, "commit": commit}
+                write(result, path)
+        except data.DataNotFoundError as error:
+            raise typer.BadParameter(str(error), param_hint="--workload") from error
+    text = table(result, chosen)
+    path.with_suffix(".md").write_text(text)
+    draw(result, chosen, path.with_suffix(".png"))
+    print(text)
 
-    print(f"{'test error %, mean of ' + str(seeds) + ' seeds':34}" + "".join(f"{lr:>7.0e}" for lr in STARTS) + "  worst")
-    for method in METHODS:
-        means = [statistics.mean(runs[key(method, lr, s)]["error"] for s in range(seeds)) for lr in STARTS]
-        print(f"{method:34}" + "".join(f"{mean:7.2f}" for mean in means) + f"{max(means):7.2f}")
 
+# Plain click messages: an unknown workload is one line, not a box.
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,13 +1,16 @@
 """The scripts of experiments/, end to end on scikit-learn's digits."""
 
 import json
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from experiments import data, mnist, models
+from experiments import data, mnist, models, robustness
+from experiments.workloads import WORKLOADS
 from hyperopt.record import read_csv
 
 EPOCHS, STEPS = 4, 4 * 6  # 1,438 digits in batches of 256
@@ -141,3 +144,167 @@ def test_the_papers_model():
     model = models.mlp()
     assert [tuple(parameter.shape) for parameter in model.parameters()] == [(128, 784), (128,), (10, 128), (10,)]
     assert model(torch.zeros(3, 784)).shape == (3, 10)
+
+
+def test_the_other_models():
+    def size(model):
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    # He et al.: 0.27, 0.46, 0.66 and 0.85 million.
+    assert [size(models.resnet(depth)) for depth in (20, 32, 44, 56)] == [269_722, 464_154, 658_586, 853_018]
+    assert models.resnet(20)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert models.cnn()(torch.zeros(2, 784)).shape == (2, 10)
+    with pytest.raises(ValueError, match=r"depth=21 must be 6n \+ 2"):
+        models.resnet(21)
+
+
+@pytest.mark.parametrize("model", [models.CharRNN(7), models.GPT(7, context=9)], ids=lambda model: type(model).__name__)
+def test_models_of_text_do_not_see_the_character_they_predict(model):
+    x = torch.randint(7, (2, 9))
+    later = x.clone()
+    later[:, 5:] = (x[:, 5:] + 1) % 7
+    outputs, others = model(x), model(later)
+    assert outputs.shape == (2, 9, 7)
+    torch.testing.assert_close(outputs[:, :5], others[:, :5])
+    assert not torch.allclose(outputs[:, 5], others[:, 5])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A HYPEROPT_DATA with a little of CIFAR-10 and of a text."""
+    batches = tmp_path / data.CIFAR10
+    batches.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name in "data_batch_1", "data_batch_2", "test_batch":
+        pixels = torch.randint(256, (10, 3072), dtype=torch.uint8, generator=generator)
+        (batches / name).write_bytes(pickle.dumps({"data": pixels.numpy(), "labels": list(range(10))}))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "tinyshakespeare.txt").write_bytes(b"\xef\xbb\xbf" + b"First Citizen:\r\n" * 200)
+    monkeypatch.setenv("HYPEROPT_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_cifar10_is_read_from_whatever_files_are_there(folder):
+    whole, held = data.cifar10(), data.cifar10(validation=True)
+    assert whole.train_x.shape == (20, 3, 32, 32)
+    assert whole.test_x.shape == (10, 3, 32, 32)
+    assert (whole.train_x.dtype, whole.train_y.dtype) == (torch.float32, torch.int64)
+    assert whole.train_x.mean().abs() < 0.3
+    assert torch.equal(torch.cat([held.train_x, held.test_x]), whole.train_x)
+    assert len(held.test_x) == 4
+    assert torch.equal(data.cifar10(images=5).train_x, whole.train_x[:5])
+    with pytest.raises(data.DataNotFoundError, match="holds 20 training images of the 21 that are needed"):
+        data.cifar10(images=21)
+    (folder / data.CIFAR10 / "test_batch").unlink()
+    with pytest.raises(data.DataNotFoundError, match=f"has to contain {data.CIFAR10}: correct HYPEROPT_DATA"):
+        data.cifar10()
+
+
+def test_texts_are_characters_in_three_parts(folder):
+    whole, held = data.text("tinyshakespeare"), data.text("tinyshakespeare", validation=True)
+    assert whole.alphabet == "\n :CFeinrstz"
+    assert len(whole.train) + len(whole.test) == 200 * 15
+    assert "".join(whole.alphabet[i] for i in whole.train[:15]) == "First Citizen:\n"
+    assert torch.equal(torch.cat([held.train, held.test]), whole.train)
+    assert len(held.test) == len(whole.test)
+    with pytest.raises(data.DataNotFoundError, match=r"has to contain text/warpeace_input.txt"):
+        data.text("war_and_peace")
+    with pytest.raises(ValueError, match="text='bible' must be one of war_and_peace, tinyshakespeare"):
+        data.text("bible")
+
+
+def test_text_without_network_names_the_remedy(tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    def offline(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.delenv("HYPEROPT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
+    with pytest.raises(data.DataNotFoundError, match=r"connect to the network, or set HYPEROPT_DATA to a folder that contains text/tiny"):
+        data.text("tinyshakespeare")
+
+
+@pytest.fixture
+def small():
+    """m3's MLP on the digits, a few steps."""
+    return replace(
+        WORKLOADS["m3"],
+        steps=8,
+        make=lambda: models.mlp(64, 16),
+        read=lambda device, validation: data.load("digits", device, validation=validation),
+    )
+
+
+def test_a_seed_is_one_beginning_for_every_method(small):
+    assert torch.equal(small.model(1)[0].weight, small.model(1)[0].weight)
+    assert not torch.equal(small.model(0)[0].weight, small.model(1)[0].weight)
+    first, again, other = (list(small.batches(seed)) for seed in (0, 0, 1))
+    assert len(first) == small.steps
+    assert all(torch.equal(x, x2) and torch.equal(y, y2) for (x, y), (x2, y2) in zip(first, again, strict=True))
+    assert not torch.equal(first[0][1], other[0][1])
+    held = data.load("digits", validation=True)
+    seen = torch.cat([x for x, _ in small.batches(0, validation=True)])
+    assert len(seen.unique(dim=0)) <= len(held.train_x)
+
+
+@pytest.mark.parametrize("method", robustness.METHODS)
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_every_method_trains(small, method):
+    before = small.evaluate(small.model(0))
+    found = robustness.train(robustness.Run(method, 1e-2, 0), replace(small, steps=40))
+    assert found["steps"] == 40
+    assert 0 <= found["metric"] < before
+
+
+def test_a_run_that_diverges_is_recorded_as_such(small):
+    found = robustness.train(robustness.Run("SGD(momentum=0.9), cosine", 1e38, 0), replace(small, steps=200))
+    assert found["metric"] is None
+    assert found["steps"] < 200
+
+
+def test_the_grid_of_a_peer_grows_until_its_best_is_inside():
+    method, runs = robustness.METHODS["Adam, cosine"], {}
+    error = {lr: abs(i - robustness.GRID.index(1e-5)) for i, lr in enumerate(robustness.GRID)}
+    while True:
+        cells, best = robustness.window("Adam, cosine", method, runs, full=False)
+        if best:
+            break
+        for cell in cells:
+            runs[robustness.Run("Adam, cosine", cell, 0, validation=True).key] = {"metric": error[cell] if cell < 1e-2 else None}
+    assert best == 1e-5
+    assert cells == [lr for lr in robustness.GRID if 3e-6 <= lr <= 3e-2]
+
+
+def test_robustness_is_resumed_and_drawn(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(robustness.WORKLOADS, "cnn", replace(small, name="cnn"))
+    path = tmp_path / "robustness_cnn.json"
+
+    def invoke(*arguments):
+        only = ("--method", "Adam, cosine", "--method", robustness.RECOMMENDED, "--steps", "8")
+        return CliRunner().invoke(robustness.app, ["--workload", "cnn", "--out", str(tmp_path), *only, *arguments])
+
+    assert invoke().exit_code == 0
+    runs = json.loads(path.read_text())["runs"]
+    peer = [key for key in runs if key.startswith("Adam, cosine | ")]
+    assert len([key for key in peer if key.endswith("validation")]) >= 5
+    assert len([key for key in peer if not key.endswith("validation")]) in (5, 6)  # the best cell may be one of the five starts
+    assert len(runs) == len(peer) + 5 * 2
+    before = path.stat().st_mtime_ns
+    path.with_suffix(".png").unlink()
+    outcome = invoke()
+    assert outcome.exit_code == 0
+    assert path.stat().st_mtime_ns == before
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert path.with_suffix(".md").read_text() in outcome.output
+    assert invoke("--again", robustness.RECOMMENDED).exit_code == 0
+    assert json.loads(path.read_text())["runs"].keys() == runs.keys()
+    assert path.stat().st_mtime_ns > before
+    assert "choose another --out" in invoke("--steps", "9").output
+
+
+def test_unknown_workload_is_one_clean_line():
+    outcome = CliRunner().invoke(robustness.app, ["--workload", "m4"])
+    assert outcome.exit_code == 2
+    assert "'m4' is none of m3, r12, c3, cnn, gpt" in outcome.output
