@@ -155,6 +155,25 @@ class Group:
         self.root.chunks = [c for c in self.chunks if c.tensors[0].grad is not None]
         return [c.gradient([p.grad for p in c.tensors if p.grad is not None], self.spec.maximize) for c in self.root.chunks]
 
+    def hold_out(self, grads: Mapping[Tensor, Tensor | None], key: str) -> None:
+        """Keep the hypergradients of another loss for the next step, added to those that are kept already.
+
+        Args:
+            grads: its gradient, by parameter; None where it does not depend on one.
+            key: where the gradient was taken: "x" for the weights, or the name of the state that stood in their place.
+        """
+        kept = self.tower.get("held_out")
+        for name, raw in self.root.raw.items():
+            q = torch.zeros_like(raw)
+            for chunk in self.chunks:
+                tangent = chunk.tangents.get(name, {}).get(key)
+                if tangent is not None:
+                    found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in chunk.tensors]
+                    g = chunk.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
+                    q = q + chunk.inner(name, g, tangent).to(q)
+            kept = {**(kept or {}), name: q + (kept or {}).get(name, 0)}
+        self.tower["held_out"] = kept
+
     def step(self, gs: list[Tensor], ok: Tensor, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
         """Step the tower.
 
@@ -173,7 +192,8 @@ class Group:
             chunk.gather()
         steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in self.root.chunks]
         written = {name: self.last[name] for name in sorted(self.watched)}
-        self._step(gs, ok, written, learn=self.tower["calls"] % every == 0, directions=steps)
+        learn, held_out = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
+        self._step(gs, ok, written, learn=learn, directions=steps, held_out=held_out)
         for chunk in self.root.chunks:
             chunk.scatter()
         self.tower["skipped"][0] += 1 - ok

@@ -84,6 +84,7 @@ class Optimizable:
         *,
         learn: bool = True,
         directions: list[Tensor] | None = None,
+        held_out: Raw | None = None,
     ) -> None:
         """One step of this node and of all above it.
 
@@ -93,11 +94,12 @@ class Optimizable:
             written: for hyperparameters that a user may have assigned, the value that was written last.
             learn: let the levels above step too.
             directions: what the update is given in place of `gs`, where another optimizer has made the step.
+            held_out: hypergradients to learn from in place of Zᵀ g, whatever `learn` says.
         """
         self.ok = ok
         keep = {name: torch.full_like(ok, self.strategy.gamma) for name in self.raw}
-        if self.raw and learn and self.strategy.ready(self):
-            q = self.strategy.pull(self, gs)
+        if self.raw and (learn or held_out is not None) and self.strategy.ready(self):
+            q = self.strategy.pull(self, gs) if held_out is None else held_out
             healthy = {name: v.sum().isfinite().to(ok.dtype) for name, v in q.items()}
             all_healthy = torch.stack(list(healthy.values())).amin()
             started = torch.stack([chunk.t for chunk in self.chunks]).amax().clamp(max=1).to(ok)

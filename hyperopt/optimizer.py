@@ -143,6 +143,46 @@ class HyperOptimizer(Optimizer):
             group.step(gs, ok, self.hyper_every, directions)
         return loss
 
+    def hyper_backward(self, loss: Tensor) -> None:
+        """Let the next step learn its hyperparameters from this loss, on held-out data say, and not from the training loss.
+
+        Its gradient is pulled through the tangents of the weights as they are, under `averaged()` through those of the averaged
+        weights, which is what makes the decay of an average learnable. Parameters and their .grad are left alone. Called several
+        times before a step, the hypergradients add up. With bind(…, hyper_every=…) larger than the run, nothing is ever learned
+        from the training loss. Before the first step there are no tangents, and nothing is learned.
+
+        Args:
+            loss: 0-d, made from the model as it is now.
+
+        Raises:
+            RuntimeError: a tower that learns nothing, or strategy="graph".
+            ValueError: a loss that is not one number that depends on the parameters.
+
+        >>> import torch
+        >>> from hyperopt import Adam, Averaged, Hyper
+        >>> w = torch.ones(3, requires_grad=True)
+        >>> optimizer = Hyper(Averaged(Adam), learn="decay").stack(Adam).bind([w])
+        >>> for _ in range(5):
+        ...     w.grad = 2 * w.detach()
+        ...     optimizer.step()
+        ...     with optimizer.averaged():
+        ...         optimizer.hyper_backward(w.square().sum())
+        >>> bool(optimizer.hyperparameters()["0.decay"] < 0.98)  # on the way down the latest weights are the best
+        True
+        """
+        groups = self._groups()
+        if not self.tower.above:
+            raise RuntimeError(f"{self.tower} learns nothing: stack an optimizer on it, .stack(Adam)")
+        if self.tower.strategy == "graph":
+            raise RuntimeError("strategy='graph' has no tangents for another loss: give strategy='tangents'")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(f"hyper_backward needs a loss of one number that depends on the parameters, got {loss!r}")
+        params = [p for group in groups for p in group.params if p.requires_grad]
+        grads: dict[Tensor, Tensor | None] = {p: None for group in groups for p in group.params}
+        grads |= dict(zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True))
+        for group in groups:
+            group.hold_out(grads, group.rule.average or "x" if self._averaged else "x")
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside this context the parameters hold the averaged weights, to evaluate with; they come back bit for bit.

@@ -57,7 +57,7 @@ NOT_LEARNABLE = {
     ADOPT: {"clip, clip_power": "with `clipped=False` they are not used"},
     Lion: {"beta1, beta2": "while `eps` is 0: a sign has no derivative"},
     Yogi: {"v0": "used once, before the first step"},
-    Averaged(Adam): {"decay": "training gradients never see the average"},
+    Averaged(Adam): {"decay": "training gradients never see the average (`hyper_backward` does)"},
 }
 
 

@@ -18,8 +18,8 @@ def Averaged(base: Any, *, decay: float | None = None) -> Any:
         a = decay·a + (1 − decay)·x',      divided by 1 − decay^t: the average is of x₁ … x_t, not of the initial weights
 
     Training is that of `base`, which never sees the average: the gradient of the training loss says nothing about `decay`.
-    Its hypergradient is 0 and it stays what it is, unless it comes from gradients taken at the averaged weights. Evaluate
-    under `with optimizer.averaged():`.
+    Its hypergradient is 0 and it stays what it is, unless it comes from gradients taken at the averaged weights, by
+    `optimizer.hyper_backward(loss)` under `with optimizer.averaged():`. Evaluate there too.
 
     Args:
         base: a rule that does not average by itself; its class.
