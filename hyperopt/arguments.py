@@ -66,7 +66,7 @@ def check_options(tower: "Hyper") -> None:
         if not isinstance(domain, Domain):
             raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
     if isinstance(tower.learn, tuple) and tower.learn:
-        tower.check_learned(tower.learn)
+        check_learned(tower, tower.learn)
     if isinstance(tower.horizon, bool) or not isinstance(tower.horizon, (int, float)) or not tower.horizon >= 1:
         raise ValueError(f"horizon = {tower.horizon!r} is outside [1, inf]: give a number of steps, 1 for the paper, or math.inf")
     trust = tower.trust
@@ -102,3 +102,30 @@ def domains_of(domains: Any) -> dict[str, Domain]:
     if not isinstance(domains, Mapping | None):
         raise TypeError(f"domains = {domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
     return dict(domains or {})
+
+
+def check_learned(tower: "Hyper", names: tuple[str, ...]) -> None:
+    """Raise unless every one of `names` can be learned from the value that it has."""
+    declared = tower.rule.declared()
+    rule = type(tower.rule).__name__
+    if not names:
+        raise ValueError(f"nothing can be stacked on {rule}: learn={tower.learn!r} leaves no hyperparameter to learn")
+    for name in names:
+        if name not in declared:
+            raise ValueError(f"{rule} has no hyperparameter {name!r} to learn: it has {', '.join(declared)}")
+        for value in numbers_in(tower.rule.value(name)):
+            domain = tower.domain(name)
+            if not domain.inside(value):
+                low, high = domain.bounds()
+                end = low if value <= low else high
+                raise ValueError(
+                    f"{name} = {value!r} of {rule} cannot be learned: it lies on or beyond the bound {end:g} of {domain!r}; "
+                    f"start strictly inside, leave {name!r} out of learn, or give domains={{{name!r}: Real()}}"
+                )
+    if len(set(names)) < len(names):
+        raise ValueError(f"learn={names} of {rule} names a hyperparameter twice")
+
+
+def numbers_in(value: float | Mapping[str, float]) -> list[float]:
+    """The numbers of a value that may be one for each hyperparameter below."""
+    return list(value.values()) if isinstance(value, Mapping) else [value]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import adopt, guards
+from . import adopt, checkpoint, guards
 from .group import Group
 from .rule import check
 from .rules.black_box import BlackBox
@@ -46,7 +46,7 @@ class HyperOptimizer(Optimizer):
     """
 
     def __init__(self, tower: Hyper, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
-        if isinstance(params, torch.nn.Module) or callable(params):
+        if isinstance(params, (torch.nn.Module, str)) or callable(params):
             raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
         if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
             raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
@@ -244,7 +244,7 @@ class HyperOptimizer(Optimizer):
 
         def inspect(_: Optimizer, given: dict[str, Any]) -> None:
             try:
-                self._check_checkpoint(given)
+                checkpoint.check(given, self.tower, self.param_groups, driven=self.driven is not None)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"this is not the checkpoint of a HyperOptimizer, or a part of it is missing: {error!r}") from error
             final.update(given)
@@ -302,32 +302,3 @@ class HyperOptimizer(Optimizer):
             for label, node in sorted(group.nodes.items()):
                 out |= {f"{label}.{name}{suffix}": value.detach().clone() for name, value in of(node).items()}
         return out
-
-    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict.get("param_groups", [])
-        if len(groups) != len(self.param_groups):
-            mine = len(self.param_groups)
-            raise ValueError(f"the checkpoint has {len(groups)} parameter groups and this optimizer {mine}: bind the same groups")
-        if self.driven is not None and "driven" not in state_dict:
-            raise ValueError("the checkpoint has no state of the optimizer that is driven: load one that this kind of tower wrote")
-        mine = self.tower.structure()
-        for saved, group in zip(groups, self.param_groups, strict=True):
-            if "tower" not in saved:
-                raise ValueError("the checkpoint is not one of a HyperOptimizer: it has no tower; load it into the optimizer that wrote it")
-            if saved["tower"]["structure"] != mine:
-                raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
-            shapes = saved["tower"]["shapes"]
-            if len(shapes) != len(group["params"]):
-                raise ValueError(f"the checkpoint's group has {len(shapes)} parameters and this one {len(group['params'])}")
-            for shape, p in zip(shapes, group["params"], strict=True):
-                if list(shape) != list(p.shape):
-                    pair = f"shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}"
-                    raise ValueError(f"the checkpoint has {pair}: load it into the model that wrote it")
-            for i, p in zip(saved["params"], group["params"], strict=True):
-                for key, value in state_dict["state"].get(i, {}).items():
-                    if value.dim() and value.shape != p.shape:
-                        pair = f"shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
-                        raise ValueError(f"the checkpoint's {key!r} has {pair}: load it into the model that wrote it")
-            missing = self.tower.rule.declared().keys() - saved.keys()
-            if missing:
-                raise ValueError(f"the checkpoint's group has no {', '.join(sorted(missing))}: it was changed since it was written")

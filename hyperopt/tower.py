@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import adopt, text
-from .arguments import as_rule, check_options, domains_of, names_of, plain
+from .arguments import as_rule, check_learned, check_options, domains_of, names_of, numbers_in, plain
 from .domains import Domain
 from .feasible import Feasible
 from .rule import Rule
@@ -113,7 +113,7 @@ class Hyper:
             if self.learn is not None and self.learn != "all" and set(self.learn) != set(branches):
                 raise ValueError(f"learn={self.learn} does not match the branches {tuple(branches)}: leave learn out, they say it already")
             below = self._but(learn=tuple(branches))
-            below.check_learned(below.learned)
+            check_learned(below, below.learned)
             return below._but(above={(name,): node for name, node in branches.items()})
         if isinstance(rule, Hyper) and keywords:
             raise TypeError(f"{', '.join(keywords)} was given beside a finished level: write it there, as in .stack(Hyper(SGD, lr=0.1))")
@@ -121,7 +121,7 @@ class Hyper:
         steps = node.mappings()
         below = self._but(learn=tuple(steps[0])) if steps and self.learn is None else self
         names = below.learned
-        below.check_learned(names)
+        check_learned(below, names)
         return below._but(above={names: _upper(node, names)})
 
     def bind(self, params: Any = None, *, compile: bool = False, hyper_every: int = 1) -> "HyperOptimizer":
@@ -180,7 +180,7 @@ class Hyper:
         if self.learn is None:
             return ("lr",)
         if self.learn == "all":
-            return tuple(n for n in self.rule.declared() if all(self.domain(n).inside(v) for v in _numbers(self.rule.value(n))))
+            return tuple(n for n in self.rule.declared() if all(self.domain(n).inside(v) for v in numbers_in(self.rule.value(n))))
         return tuple(self.learn)
 
     @property
@@ -268,7 +268,7 @@ class Hyper:
 
     def _checked(self) -> "Hyper":
         if self.above:
-            self.check_learned(self.learned)
+            check_learned(self, self.learned)
         return self
 
     def mappings(self) -> list[Mapping[str, float]]:
@@ -278,26 +278,6 @@ class Hyper:
     def is_tree(self) -> bool:
         """Whether the learned hyperparameters have optimizers of their own."""
         return len(self.above) > 1 or any(names != self.learned for names in self.above)
-
-    def check_learned(self, names: tuple[str, ...]) -> None:
-        declared = self.rule.declared()
-        rule = type(self.rule).__name__
-        if not names:
-            raise ValueError(f"nothing can be stacked on {rule}: learn={self.learn!r} leaves no hyperparameter to learn")
-        for name in names:
-            if name not in declared:
-                raise ValueError(f"{rule} has no hyperparameter {name!r} to learn: it has {', '.join(declared)}")
-            for value in _numbers(self.rule.value(name)):
-                domain = self.domain(name)
-                if not domain.inside(value):
-                    low, high = domain.bounds()
-                    end = low if value <= low else high
-                    raise ValueError(
-                        f"{name} = {value!r} of {rule} cannot be learned: it lies on or beyond the bound {end:g} of {domain!r}; "
-                        f"start strictly inside, leave {name!r} out of learn, or give domains={{{name!r}: Real()}}"
-                    )
-        if len(set(names)) < len(names):
-            raise ValueError(f"learn={names} of {rule} names a hyperparameter twice")
 
 
 def _upper(node: Any, names: tuple[str, ...]) -> Hyper:
@@ -313,7 +293,3 @@ def _upper(node: Any, names: tuple[str, ...]) -> Hyper:
         if set(mapping) != set(names):
             raise ValueError(f"a value was given for each of {tuple(mapping)}, but {names} are learned: name the same")
     return node
-
-
-def _numbers(value: float | Mapping[str, float]) -> list[float]:
-    return list(value.values()) if isinstance(value, Mapping) else [value]

@@ -1,0 +1,46 @@
+"""Whether a checkpoint is one of this tower over these parameters."""
+
+from typing import Any
+
+from .tower import Hyper
+
+
+def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
+    """Raise unless `state_dict` can be loaded into an optimizer.
+
+    Args:
+        state_dict: as `HyperOptimizer.state_dict` made it, or something else that a user gave.
+        tower: the optimizer's tower.
+        param_groups: its groups.
+        driven: whether it drives another optimizer.
+
+    Raises:
+        ValueError: a checkpoint of another tower, or of parameters of other shapes.
+    """
+    groups = state_dict.get("param_groups", [])
+    if len(groups) != len(param_groups):
+        mine = len(param_groups)
+        raise ValueError(f"the checkpoint has {len(groups)} parameter groups and this optimizer {mine}: bind the same groups")
+    if driven and "driven" not in state_dict:
+        raise ValueError("the checkpoint has no state of the optimizer that is driven: load one that this kind of tower wrote")
+    mine = tower.structure()
+    for saved, group in zip(groups, param_groups, strict=True):
+        if "tower" not in saved:
+            raise ValueError("the checkpoint is not one of a HyperOptimizer: it has no tower; load it into the optimizer that wrote it")
+        if saved["tower"]["structure"] != mine:
+            raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
+        shapes = saved["tower"]["shapes"]
+        if len(shapes) != len(group["params"]):
+            raise ValueError(f"the checkpoint's group has {len(shapes)} parameters and this one {len(group['params'])}")
+        for shape, p in zip(shapes, group["params"], strict=True):
+            if list(shape) != list(p.shape):
+                pair = f"shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}"
+                raise ValueError(f"the checkpoint has {pair}: load it into the model that wrote it")
+        for i, p in zip(saved["params"], group["params"], strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if value.dim() and value.shape != p.shape:
+                    pair = f"shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}"
+                    raise ValueError(f"the checkpoint's {key!r} has {pair}: load it into the model that wrote it")
+        missing = tower.rule.declared().keys() - saved.keys()
+        if missing:
+            raise ValueError(f"the checkpoint's group has no {', '.join(sorted(missing))}: it was changed since it was written")
