@@ -190,7 +190,7 @@ def draw(result: dict[str, Any], rows: list[dict[str, Any]], seeds: int, path: P
         f"(mean ± sd of {seeds} seeds; in per cent: share of the lost error recovered)"
     )
     figure.supxlabel(provenance.caption(result), fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def _course(axes: Axes, runs: dict[str, dict[str, Any]], dataset: str, case: Case, seeds: int) -> None:
