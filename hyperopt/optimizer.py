@@ -21,7 +21,8 @@ class HyperOptimizer(Optimizer):
     """A `torch.optim.Optimizer` that learns its own hyperparameters; made by `Hyper.bind`.
 
     A plain `loss.backward()` and `step()`: no graph is kept, gradients are read and never changed, and nothing waits for
-    the device. `param_groups[i]["lr"]`, `["beta1"]` … are the live values; assigning to one is noticed at the next step.
+    the device (but where another optimizer is driven).
+    `param_groups[i]["lr"]`, `["beta1"]` … are the live values; assigning to one is noticed at the next step.
 
     Args:
         tower: the specification.
