@@ -1,115 +1,398 @@
-"""The time of a training step against the height of the tower, beside torch.optim.Adam, in one interleaved run.
+"""What a tower costs: optimizer steps, training steps, height, memory, compilation; beside torch.optim and other packages.
 
-    python -m experiments.bench                 2 minutes on two cores, with nothing else running
+    python -m experiments.bench                 25 minutes on two cores, with nothing else running
+    python -m experiments.bench --device cuda   the same on a GPU, timed with events
 
-MLP 784-128-10, batch 256. Every optimizer takes one block of steps in turn, over and over; the median over blocks is reported with the
-fastest and the slowest, and as a ratio to torch.optim.Adam(fused=True). Writes bench.json to experiments/results.
+Every optimizer takes one block of steps in turn, over and over; the median over blocks is reported with the fastest and the slowest,
+and as a ratio to torch.optim.Adam(fused=True) in the same turns. From 10 million parameters on, two optimizers at a time, one of them
+that reference. Memory and compilation are measured in processes of their own. Each part is written to bench.json as soon as it is done,
+`--only` does some of them again; bench.md is the table and bench.png the figure, in experiments/results.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import resource
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import prodigyopt
+import schedulefree
 import torch
 import typer
+from gradient_descent_the_ultimate_optimizer import gdtuo
+from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Adam as TorchAdam
-from torch.optim import Optimizer
 from tqdm import tqdm
 
-from experiments import models, provenance
-from hyperopt import Adam, Hyper
+from experiments import provenance
+from experiments.workloads import WORKLOADS
+from hyperopt import Hyper
 
-Make = Callable[[nn.Module], Optimizer]
+Step = Callable[[], object]
+Model = tuple[nn.Module, Callable[[Any, int], Tensor]]  # and the loss of the call of a module on the i-th batch
+
+REFERENCE = "torch Adam, fused"
+TOWERS = {
+    "eager": "Adam / Adam",
+    "eager, trust=None": "Adam(trust=None) / Adam",
+    "eager, four learned": "Adam(learn=(lr, beta1, beta2, eps), trust=None) / Adam",
+    "compiled": "Adam / Adam",
+    "compiled, trust=None": "Adam(trust=None) / Adam",
+    "compiled, four learned": "Adam(learn=(lr, beta1, beta2, eps), trust=None) / Adam",
+}
+OTHERS = {
+    REFERENCE: lambda params: TorchAdam(params, fused=True),
+    "torch Adam, foreach": lambda params: TorchAdam(params, foreach=True),
+    "prodigyopt": lambda params: prodigyopt.Prodigy(params),
+    "schedulefree": lambda params: schedulefree.AdamWScheduleFree(params),
+}
+EVERYTHING = [*OTHERS, "gdtuo", *TOWERS]
+SIZES = {  # number of tensors, elements of each
+    "100 k in 4": (4, 25_000),
+    "1 M in 4": (4, 250_000),
+    "10 M in 4": (4, 2_500_000),
+    "100 M in 4": (4, 25_000_000),
+    "273 k in 65": (65, 4_200),
+    "1 M in 50": (50, 20_000),
+    "10 M in 50": (50, 200_000),
+    "100 M in 50": (50, 2_000_000),
+}
+TRAININGS = {
+    "MLP, batch 256": "m3",
+    "ResNet-20, batch 128": "c3",
+    "LSTM 2×128, 32×64": "r12",
+    "GPT 4×128, 32×128": "gpt",
+}
+HEIGHTS = (0, 1, 2, 3, 5, 10)
+COMPILE = {"65 tensors × 4,200": [4_200] * 65, "150 tensors, 50 of 300,000": [2_000] * 100 + [300_000] * 50}
 
 
-def tower(height: int, *, compile: bool = False) -> Make:
-    """An all-Adam tower of this height."""
-    spec = Hyper(Adam)
-    for _ in range(height):
-        spec = spec.stack(Adam)
-    return lambda model: spec.bind(model.parameters(), compile=compile)
+def tower(name: str) -> Hyper:
+    """The tower of a row: one of `TOWERS`, or "height n"."""
+    if name.startswith("height"):
+        return Hyper.parse(" / ".join(["Adam"] * (1 + int(name.split()[1].rstrip(",")))))
+    return Hyper.parse(TOWERS[name])
 
 
-def main(
-    blocks: Annotated[int, typer.Option(min=3, help="how often every optimizer has its turn")] = 30,
-    steps: Annotated[int, typer.Option(min=1, help="steps in a block")] = 50,
-    compiled: Annotated[bool, typer.Option(help="time compile=True too")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    out: Annotated[Path, typer.Option(help="folder of the result")] = Path("experiments/results"),
-) -> None:
-    """Time whole training steps and optimizer steps alone."""
-    makes: dict[str, Make] = {
-        "torch Adam, fused": lambda model: TorchAdam(model.parameters(), fused=True),
-        "torch Adam, foreach": lambda model: TorchAdam(model.parameters(), foreach=True),
-        **{f"height {h}": tower(h) for h in (0, 1, 2, 3, 5, 10, 30)},
-        **({f"height {h}, compiled": tower(h, compile=True) for h in (0, 1, 2, 3)} if compiled else {}),
-    }
+def optimizer(name: str, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of a row."""
+    if name in OTHERS:
+        made = OTHERS[name](params)
+        if isinstance(made, schedulefree.AdamWScheduleFree):
+            made.train()
+        return made
+    return tower(name).bind(params, compile="compiled" in name)
+
+
+# ---- what is timed
+
+
+class Tensors(nn.Module):
+    """`count` parameters of `numel` elements, whose loss has a constant gradient."""
+
+    def __init__(self, count: int, numel: int) -> None:
+        super().__init__()
+        shape = (numel // 100, 100) if numel % 100 == 0 else (numel,)
+        self.weights = nn.ParameterList(0.1 * torch.randn(shape) for _ in range(count))
+
+    def forward(self, gradients: list[Tensor]) -> Tensor:
+        return torch.stack([(g * w).sum() for g, w in zip(gradients, self.weights, strict=True)]).sum()
+
+
+def step_alone(name: str, count: int, numel: int, device: str) -> Step:
+    """An optimizer's step on gradients that are there. gdtuo needs the backward pass for its own, which is timed with it."""
     torch.manual_seed(0)
-    x, y = torch.rand(256, 784, device=device), torch.randint(10, (256,), device=device)
-    trainings = {name: prepare(make, x, y) for name, make in makes.items()}
-    times: dict[str, list[float]] = {name: [] for name in makes}
-    alone: dict[str, list[float]] = {name: [] for name in makes}
-    for step, optimizer_step in trainings.values():
-        timed(step, 40, device)
-        timed(optimizer_step, 10, device)
-    for _ in tqdm(range(blocks), unit="block"):
-        for name, (step, optimizer_step) in trainings.items():
-            times[name].append(timed(step, steps, device))
-            alone[name].append(timed(optimizer_step, steps, device))
-
-    reference = statistics.median(times["torch Adam, fused"])
-    rows = {
-        name: {
-            "training_step_ms": spread(times[name]),
-            "optimizer_step_ms": spread(alone[name]),
-            "ratio": statistics.median(times[name]) / reference,
-        }
-        for name in makes
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    result = {**provenance.stamp(), "model": "MLP 784-128-10, batch 256", "blocks": blocks, "steps": steps, "rows": rows}
-    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{'':24}{'training step, ms':>28}{'ratio':>8}{'optimizer step, ms':>28}")
-    for name, row in rows.items():
-        cells = ["{median:.3f} ({min:.3f} to {max:.3f})".format(**row[k]) for k in ("training_step_ms", "optimizer_step_ms")]
-        print(f"{name:24}{cells[0]:>28}{row['ratio']:8.2f}{cells[1]:>28}")
+    model = Tensors(count, numel).to(device)
+    gradients = [0.01 * torch.randn_like(w) for w in model.weights]
+    if name == "gdtuo":
+        return ultimate(model, lambda call, _: call(gradients))
+    for w, g in zip(model.weights, gradients, strict=True):
+        w.grad = g
+    return optimizer(name, model.parameters()).step
 
 
-def prepare(make: Make, x: Tensor, y: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A training step, and the optimizer step alone on the gradients that it left."""
+def training_step(name: str, workload: str, device: str) -> Step:
+    """A whole training step, on random data: 50 batches in turn, as one batch would be learned by heart."""
     torch.manual_seed(0)
-    model = models.mlp().to(x.device)
-    optimizer = make(model)
+    task = WORKLOADS[workload]
+    model = task.make().to(device)
+    if task.length:
+        alphabet = next(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+        text = torch.randint(alphabet, (50, task.batch, task.length + 1), device=device)
+        xs, ys = text[..., :-1], text[..., 1:]
+    else:
+        shape = (3, 32, 32) if workload == "c3" else (784,)
+        xs, ys = torch.rand(50, task.batch, *shape, device=device), torch.randint(10, (50, task.batch), device=device)
+
+    def loss(call: Any, at: int) -> Tensor:
+        return nn.functional.cross_entropy(call(xs[at % 50]).flatten(0, -2), ys[at % 50].flatten())
+
+    if name == "gdtuo":
+        return ultimate(model, loss)
+    stepped, at = optimizer(name, model.parameters()), 0
 
     def step() -> None:
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
+        nonlocal at
+        at += 1
+        stepped.zero_grad()
+        loss(model, at).backward()
+        stepped.step()
 
-    return step, optimizer.step
+    return step
 
 
-def timed(run: Callable[[], object], steps: int, device: str) -> float:
+def ultimate(model: nn.Module, loss: Callable[[Any, int], Tensor]) -> Step:
+    """A training step of the authors' package: Adam, its four hyperparameters learned by SGD."""
+    wrapper = gdtuo.ModuleWrapper(model, optimizer=gdtuo.Adam(optimizer=gdtuo.SGD(1e-5)))  # pyright: ignore[reportArgumentType]
+    wrapper.initialize()
+    at = 0
+
+    def step() -> None:
+        nonlocal at
+        at += 1
+        wrapper.begin()
+        value = loss(wrapper.forward, at)
+        wrapper.zero_grad()
+        value.backward(create_graph=True)
+        wrapper.step()
+
+    return step
+
+
+# ---- how
+
+
+def timed(step: Step, steps: int, device: str) -> float:
     """Milliseconds for one of `steps` calls."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
+    if device.startswith("cuda"):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / steps
     started = time.perf_counter()
     for _ in range(steps):
-        run()
-    wait()
+        step()
     return 1e3 * (time.perf_counter() - started) / steps
+
+
+def interleaved(make: Callable[[str], Step], names: list[str], blocks: int, seconds: float, device: str) -> dict[str, Any]:
+    """Median, fastest and slowest of `blocks` blocks of about `seconds` each, and the ratio of the medians to the reference."""
+    steps: dict[str, Step] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            step = make(name)
+            timed(step, 6, device)  # towers compile in the fourth step
+            steps[name] = step
+        except (RuntimeError, NotImplementedError) as error:
+            failed[name] = str(error).splitlines()[0]
+    counts = {name: max(1, round(1e3 * seconds / timed(step, 2, device))) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(blocks):
+        for name, step in steps.items():
+            times[name].append(timed(step, counts[name], device))
+    reference = statistics.median(times[REFERENCE])
+    rows: dict[str, Any] = {name: {"ms": spread(found), "ratio": statistics.median(found) / reference} for name, found in times.items()}
+    return rows | {name: {"failed": reason} for name, reason in failed.items()}
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median, fastest and slowest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) in a fresh process, with a compiler's cache that is empty."""
+    with tempfile.TemporaryDirectory() as cache, multiprocessing.get_context("spawn").Pool(1, _environment, (cache,)) as pool:
+        return pool.apply(function, arguments)
+
+
+def _environment(cache: str) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+
+
+def peak(name: str, count: int, device: str) -> float:
+    """The most memory, in bytes, that a process has had during a few optimizer steps on `count` tensors of 500,000."""
+    step = step_alone(name, count, 500_000, device)
+    timed(step, 8, device)
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def first_steps(name: str, sizes: list[int], device: str) -> float:
+    """Seconds until a tower has taken its first compiled step."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, device=device)) for n in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    started = time.perf_counter()
+    stepped = optimizer(name, params)
+    for _ in range(6):
+        stepped.step()
+    return time.perf_counter() - started
+
+
+# ---- the parts
+
+
+def part_steps(device: str, blocks: int, seconds: float) -> dict[str, Any]:
+    """(a) The optimizer step alone."""
+    found: dict[str, Any] = {}
+    for title, (count, numel) in tqdm(SIZES.items(), desc="optimizer steps", unit="size"):
+        names = EVERYTHING
+        if count * numel >= 10**8:
+            names = [n for n in EVERYTHING if n != "gdtuo" and "four" not in n]  # they take seconds a step, and tens of gigabytes
+        make = lambda name, count=count, numel=numel: step_alone(name, count, numel, device)  # noqa: E731
+        if count * numel < 10**7:
+            found[title] = interleaved(make, names, blocks, seconds, device)
+            continue
+        found[title] = {}
+        for name in names[1:]:
+            found[title] |= interleaved(make, [REFERENCE, name], max(3, blocks // 3), 3 * seconds, device)
+    return found
+
+
+def part_trainings(device: str, blocks: int, seconds: float) -> dict[str, Any]:
+    """(b) The whole training step."""
+    names = [name for name in EVERYTHING if "trust" not in name]
+    return {
+        title: interleaved(lambda name, w=workload: training_step(name, w, device), names, blocks, 2 * seconds, device)
+        for title, workload in tqdm(TRAININGS.items(), desc="training steps", unit="model")
+    }
+
+
+def part_heights(device: str, blocks: int, seconds: float) -> dict[str, Any]:
+    """(c) The MLP's training step against height."""
+    names = [REFERENCE, *(f"height {h}{how}" for how in ("", ", compiled") for h in HEIGHTS)]
+    return interleaved(lambda name: training_step(name, "m3", device), names, 2 * blocks, seconds, device)
+
+
+def part_memory(device: str, *_: Any) -> dict[str, Any]:
+    """(d) Peak memory beyond that of torch's Adam, in copies of the model: from two sizes, so that what is constant cancels."""
+    copies = {}
+    for name in tqdm([n for n in EVERYTHING if n != "gdtuo"], desc="memory", unit="optimizer"):
+        small, large = (alone(peak, name, count, device) for count in (20, 60))
+        copies[name] = (large - small) / (40 * 500_000 * 4)
+    return {name: {"copies": value, "more than Adam": value - copies[REFERENCE]} for name, value in copies.items()}
+
+
+def part_compile(device: str, *_: Any) -> dict[str, Any]:
+    """(e) Seconds for the first six steps, compilation included."""
+    return {
+        title: {name: alone(first_steps, name, sizes, device) for name in ("eager", "compiled")}
+        for title, sizes in tqdm(COMPILE.items(), desc="compilation", unit="size")
+    }
+
+
+PARTS = {"steps": part_steps, "trainings": part_trainings, "heights": part_heights, "memory": part_memory, "compile": part_compile}
+
+
+# ---- what is shown
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = [provenance.caption(result), ""]
+
+    def ratios(title: str, columns: dict[str, dict[str, Any]], names: list[str]) -> None:
+        lines.extend([f"{title}: ms of {REFERENCE}, the others as ratios to it (fastest to slowest block).", ""])
+        lines.extend([f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)])
+        for name in names:
+            lines.append(f"| {name} | " + " | ".join(cell(name, rows) for rows in columns.values()) + " |")
+        lines.append("")
+
+    def cell(name: str, rows: dict[str, Any]) -> str:
+        row = rows.get(name)
+        if row is None or "failed" in row:
+            return "–" if row is None else "failed"
+        ms = row["ms"]
+        if name == REFERENCE:
+            return "{median:.3g} ms ({min:.3g} to {max:.3g})".format(**ms)
+        scale = row["ratio"] / ms["median"]
+        return f"{row['ratio']:.2f} ({ms['min'] * scale:.2f} to {ms['max'] * scale:.2f})"
+
+    if "steps" in result:
+        ratios("Optimizer step alone, parameters in tensors", result["steps"], EVERYTHING)
+        lines += ["By words moved (read or written, 7 for Adam) learning lr takes 11: a ratio of 1.57; with trust 14: 2.", ""]
+    if "trainings" in result:
+        ratios("Training step", result["trainings"], [n for n in EVERYTHING if "trust" not in n])
+    if "heights" in result:
+        rows = result["heights"]
+        columns = {
+            how or "eager": {f"height {h}": rows[f"height {h}{c}"] for h in HEIGHTS} for how, c in (("", ""), ("compiled", ", compiled"))
+        }
+        ratios("Training step of the MLP, all-Adam towers", columns, [f"height {h}" for h in HEIGHTS])
+    if "memory" in result:
+        lines += ["| memory | copies of the model, weights and gradients included | more than Adam |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {row['copies']:.2f} | {row['more than Adam']:.2f} |" for name, row in result["memory"].items()] + [""]
+    if "compile" in result:
+        lines += ["| first six steps, s | eager | compiled, cache empty |", "| --- | --- | --- |"]
+        lines += [f"| {title} | {row['eager']:.2f} | {row['compiled']:.1f} |" for title, row in result["compile"].items()] + [""]
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Ratios of training steps and optimizer steps, and the training step against height."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(3, 4, 2))
+    shown = ["torch Adam, foreach", "schedulefree", "prodigyopt", "gdtuo", "eager", "compiled"]
+    for axis, part, title in ((axes[0], "trainings", "training step"), (axes[1], "steps", "optimizer step alone")):
+        columns = result.get(part, {})
+        for i, name in enumerate(shown):
+            at = [j + (i - len(shown) / 2 + 0.5) * 0.13 for j in range(len(columns))]
+            rows = [rows.get(name, {}) for rows in columns.values()]
+            axis.bar(at, [row.get("ratio", float("nan")) for row in rows], 0.13, label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(columns)), [title.replace(", ", "\n").replace(" in ", "\nin ") for title in columns], fontsize=7)
+        axis.set_ylabel("time / torch.optim.Adam(fused=True)")
+        axis.set_title(title)
+    axes[0].legend(fontsize=7)
+    for how, end in (("eager", ""), ("compiled", ", compiled")):
+        rows = [result.get("heights", {}).get(f"height {h}{end}") for h in HEIGHTS]
+        axes[2].plot([h for h, row in zip(HEIGHTS, rows, strict=True) if row], [row["ratio"] for row in rows if row], "o-", label=how)
+    axes[2].axhline(1, color="black", linewidth=0.8)
+    axes[2].set_xlabel("height of the tower")
+    axes[2].set_ylabel("time / torch.optim.Adam(fused=True)")
+    axes[2].set_title("training step of the MLP")
+    axes[2].legend(fontsize=7)
+    figure.supxlabel(provenance.caption(result), fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"do these parts again: {', '.join(PARTS)}")] = None,
+    blocks: Annotated[int, typer.Option(min=3, help="how often every optimizer has its turn")] = 15,
+    seconds: Annotated[float, typer.Option(help="length of a turn")] = 0.1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    figures: Annotated[bool, typer.Option(help="only draw what is there")] = False,
+    out: Annotated[Path, typer.Option(help="folder of the result")] = Path("experiments/results"),
+) -> None:
+    """Measure all parts, or some of them again."""
+    unknown = set(only or []) - PARTS.keys()
+    if unknown:
+        raise typer.BadParameter(f"no part {', '.join(unknown)}: give some of {', '.join(PARTS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    name = "bench" if device == "cpu" else f"bench_{device.partition(':')[0]}"
+    path = out / f"{name}.json"
+    result = json.loads(path.read_text()) if path.exists() and (only or figures) else {}
+    for part in [] if figures else only or PARTS:
+        result |= {**provenance.stamp(), part: PARTS[part](device, blocks, seconds)}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    text = table(result)
+    (out / f"{name}.md").write_text(text + "\n")
+    draw(result, out / f"{name}.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,16 @@ class Domain(ABC):
         """1 − value."""
         return 1 - self.value(raw)
 
+    def scaled(self, raw: Tensor, factor: Tensor) -> Tensor:
+        """The raw number of `factor` times the value, exactly `raw` where factor is 1."""
+        value = self.value(raw)
+        return raw + (self.raw(value * factor) - self.raw(value))
+
+    def log_size(self, raw: Tensor) -> Tensor:
+        """log |value|, finite also where the value is 0."""
+        value = self.value(raw).abs()
+        return value.clamp_min(torch.finfo(value.dtype).tiny).log()
+
     def inside(self, value: float) -> bool:
         """Whether `value` lies strictly inside, where it can be learned."""
         low, high = self.bounds()
@@ -87,6 +97,12 @@ class Positive(Domain):
 
     def complement(self, raw: Tensor) -> Tensor:
         return -self._log(raw).expm1()
+
+    def scaled(self, raw: Tensor, factor: Tensor) -> Tensor:
+        return raw + self.raw(factor)
+
+    def log_size(self, raw: Tensor) -> Tensor:
+        return self._log(raw)
 
     def bounds(self) -> tuple[float, float]:
         return 0.0, math.inf

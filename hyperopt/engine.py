@@ -1,7 +1,9 @@
 """Where the tensors of a node live: flattening, dtypes, devices, which parameters have a gradient, and torch.compile."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -9,11 +11,16 @@ from torch import Tensor
 
 from .rule import Rule, State
 
-LARGE = 2**18  # elements; from here on gathering costs more than one more round of kernels
+# Elements from which on a tensor is stepped where it is: gathering costs more than one more round of kernels then. Fused, a round
+# is cheap, and half of what one core has gathered has to travel to the other.
+LARGE, LARGE_FUSED = 2**18, 2**16
+BLOCK = 2**18  # elements that are stepped at once, so that what is made on the way stays in the cache
 
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 Record = MutableMapping[str, Tensor]
+
+_serials = itertools.count()
 
 
 class Chunk:
@@ -41,7 +48,13 @@ class Chunk:
     ) -> None:
         self.tensors, self.records, self.limits = list(tensors), list(records), limits
         self.positions = dict(spread or {})
+        self.serial = next(_serials)
+        # A chunk that is split is stepped block by block, where it may be; what is made of a lean one on the way is not kept.
+        self.separable = self.split = False
+        self._scratch: Tensor | None = None
         like = self.tensors[0]
+        self.numel = sum(t.numel() for t in self.tensors)
+        self.lean = self.numel >= BLOCK
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.flat = len(self.tensors) > 1
         self.direct = not self.flat and like.dtype == self.dtype
@@ -82,22 +95,57 @@ class Chunk:
         return self.tensors[0].detach() if self.direct else self._x
 
     def gradient(self, grads: Sequence[Tensor], maximize: bool) -> Tensor:
-        """A copy of the gradients of the tensors, gathered."""
+        """The gradients of the tensors, gathered; not to be changed where there is one."""
         if self.direct:
-            return -grads[0] if maximize else grads[0].clone()
+            return -grads[0] if maximize else grads[0]
         _copy(self._g_views, list(grads))
         return self._g.neg_() if maximize else self._g
+
+    def parts(self, g: Tensor, ok: Tensor, *, clean: bool) -> "list[Part]":
+        """What is stepped at once: the whole chunk, or blocks of a large one.
+
+        Args:
+            g: as `gradient` made it.
+            ok: 1. if the step counts.
+            clean: g is finite whatever `ok` is.
+        """
+        x, t, ok = self.x(), self.t + 1, ok.to(self.t)
+        skip = 1 - ok
+        cuts = self._cuts(x, g)
+        if cuts is None:
+            return [Part(self, x, g, self.state, self.tangents, t, ok, skip, clean=clean)]
+        xs, gs = x.view(-1).split(BLOCK), g.view(-1).split(BLOCK)
+        # A number is read by every block before the first of them writes it.
+        numbers = {key: value.clone() for key, value in self.state.items() if self._is_number(key)}
+        return [
+            Part(
+                self,
+                x,
+                g,
+                {key: numbers[key] if key in numbers else buffer.view(-1)[cut] for key, buffer in self.state.items()},
+                {name: {of: self._cut(of, z, cut) for of, z in tangent.items()} for name, tangent in self.tangents.items()},
+                t,
+                ok,
+                skip,
+                cut,
+                clean=clean,
+            )
+            for x, g, cut in zip(xs, gs, cuts, strict=True)
+        ]
 
     def side_by_side(self, tensors: Sequence[Tensor]) -> Tensor:
         """A tensor for each of this chunk's, in the shape and dtype in which the chunk is stepped."""
         whole = torch.cat([t.reshape(-1) for t in tensors]) if self.flat else tensors[0]
         return whole.to(self.dtype)
 
-    def spread(self, name: str, value: Tensor) -> Tensor:
-        """A hyperparameter for every coordinate of this chunk, on its device and in its dtype."""
+    def spread(self, name: str, value: Tensor, cut: slice | None = None) -> Tensor:
+        """A hyperparameter for every coordinate of this chunk, or of a part of it, on its device and in its dtype."""
         if value.dtype != self.dtype or value.device != self.t.device:
             value = value.to(self.t)
-        return value[self.positions[name][0]] if name in self.positions else value
+        if name not in self.positions:
+            return value
+        positions = self.positions[name][0]
+        return value[positions if cut is None else positions.view(-1)[cut]]
 
     def inner(self, name: str, g: Tensor, z: Tensor) -> Tensor:
         """<g, z>, summed over the coordinates that share one value of the hyperparameter `name`."""
@@ -106,29 +154,15 @@ class Chunk:
         positions, size = self.positions[name]
         return torch.zeros(size, dtype=g.dtype, device=g.device).index_add(0, positions.reshape(-1), (g * z).reshape(-1))
 
-    def clean(self) -> None:
-        """Set the elements of tangents that are not finite to zero, so that they start again."""
-        for tangent in self.tangents.values():
-            for buffer in tangent.values():
-                buffer.nan_to_num_(0.0, 0.0, 0.0)
-
-    def commit(self, x: Tensor, state: State, tangents: dict[str, dict[str, Tensor]], ok: Tensor) -> None:
-        """Write what a step made, where ok is 1.; where it is 0. everything keeps its bits."""
-        ok = ok.to(self.t)
-        if self.limits is not None:
-            x = x.clamp(*self.limits)
-        self.x().lerp_(x, ok)
-        for key, new in state.items():
-            self.state[key].lerp_(new, ok)
-        for name, tangent in tangents.items():
-            mine = self.tangents.setdefault(name, {})
-            for of, new in tangent.items():
-                if of in mine:
-                    mine[of].lerp_(new, ok)
-                else:
-                    mine[of] = new * ok
-                    self._keep(_key(name, of), mine[of])
-        self.t += ok
+    def tangent(self, name: str, of: str, like: Tensor) -> Tensor:
+        """The tangent of x or of a state along a hyperparameter, zero where there was none."""
+        mine = self.tangents.setdefault(name, {})
+        if of not in mine:
+            if not like.dim() and self.x().dim():
+                self.numbers.add(of)
+            mine[of] = torch.zeros_like(like if of in self.numbers else self.x())
+            self._keep(_key(name, of), mine[of])
+        return mine[of]
 
     def extend(self, rule: Rule) -> None:
         """Add the state that `rule` needs and that is not there yet."""
@@ -150,6 +184,28 @@ class Chunk:
         like = self.tensors[0]
         shape = (sum(t.numel() for t in self.tensors),) if self.flat else like.shape
         return torch.empty(shape, dtype=self.dtype, device=like.device)
+
+    def layout(self) -> Any:
+        """What is the same for chunks that look alike to compiled code."""
+        x = self.x()
+        kept = tuple((name, *tangent) for name, tangent in self.tangents.items())
+        return x.shape, x.stride(), x.dtype, x.device, tuple(self.state), kept, tuple(self.positions), tuple(sorted(self.numbers))
+
+    def scratch(self, like: Tensor, cut: slice | None, *, lasting: bool) -> Tensor:
+        """A buffer shaped like the chunk, or like a block of it, that only lasts for the block where not told otherwise."""
+        if self._scratch is None:
+            size = like.numel() if cut is None or lasting else BLOCK
+            self._scratch = torch.empty(self.numel if lasting else size, dtype=self.dtype, device=like.device)
+        start = cut.start if cut is not None and lasting else 0
+        return self._scratch[start : start + like.numel()].view(like.shape)
+
+    def _cuts(self, x: Tensor, g: Tensor) -> list[slice] | None:
+        if not self.split or self.numel <= BLOCK or not x.is_contiguous() or not g.is_contiguous():
+            return None
+        return [slice(start, start + BLOCK) for start in range(0, self.numel, BLOCK)]
+
+    def _cut(self, of: str, z: Tensor, cut: slice) -> Tensor:
+        return z.clone() if of in self.numbers else z.view(-1)[cut]
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
         if not self.flat:
@@ -176,30 +232,171 @@ def _key(name: str, of: str) -> str:
     return f"Z.{name}" if of == "x" else f"Z.{name}.{of}"
 
 
-class Compiled:
-    """A node's step fused by torch.compile, from the very same code; eager where no compiler works, after one warning.
+class Part:
+    """A chunk, or a block of a large one, during one step.
 
-    The first steps run eagerly: a level takes part once the one below has a hypergradient, and each such change of structure
-    would be compiled for nothing. Gathering and scattering stay outside: compiling a list of 65 tensors took minutes.
+    Args:
+        chunk: that it belongs to.
+        x, g: weights and gradient.
+        state, tangents: views of the chunk's buffers; numbers that all blocks read are copies.
+        t: the number of this step.
+        ok, skip: 1. and 0. if the step counts, 0. and 1. if not.
+        cut: which elements of the flattened chunk these are, None for all.
+        clean: g is finite whatever `ok` is.
     """
 
-    def __init__(self, step: Callable[..., None], warm_up: int) -> None:
+    made: Any = None  # what was computed on the way, where that is small enough to keep
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        x: Tensor,
+        g: Tensor,
+        state: State,
+        tangents: dict[str, dict[str, Tensor]],
+        t: Tensor,
+        ok: Tensor,
+        skip: Tensor,
+        cut: slice | None = None,
+        *,
+        clean: bool = False,
+    ) -> None:
+        self.chunk, self.x, self.g, self.state, self.tangents = chunk, x, g, state, tangents
+        self.t, self.ok, self.skip, self.cut = t, ok, skip, cut
+        self._clean = g if clean else None
+
+    def gradient(self) -> Tensor:
+        """The gradient, in eager mode 0 all over where the step does not count: see `_write`."""
+        if torch.compiler.is_compiling():
+            return self.g
+        g = self._clean
+        if g is None:
+            g = self.g.nan_to_num(0.0, 0.0, 0.0).mul_(self.ok)
+            if not self.chunk.lean:
+                self._clean = g
+        return g
+
+    def scratch(self, *, lasting: bool) -> Tensor:
+        """Zeros shaped like x, in a buffer of the chunk that lasts until the end of the step, or until the next part is taken."""
+        return self.chunk.scratch(self.x, self.cut, lasting=lasting).zero_()
+
+    def spread(self, name: str, value: Tensor) -> Tensor:
+        """A hyperparameter for every coordinate, on the device and in the dtype of the chunk."""
+        return self.chunk.spread(name, value, self.cut)
+
+    def tangent(self, name: str, of: str, like: Tensor) -> Tensor:
+        """The buffer of a tangent, shaped like `like`, zero where there was none."""
+        buffer = self.chunk.tangent(name, of, like)
+        return buffer if self.cut is None or not like.dim() else buffer.view(-1)[self.cut]
+
+    def clean_tangents(self) -> None:
+        """Set the elements of tangents that are not finite to zero, so that they start again."""
+        for tangent in self.tangents.values():
+            for z in tangent.values():
+                if torch.compiler.is_compiling():
+                    z.copy_(torch.where(z.abs() <= torch.finfo(z.dtype).max, z, 0.0))  # of nan_to_num it makes a loop without vectors
+                else:
+                    z.nan_to_num_(0.0, 0.0, 0.0)
+
+    def displace(self, name: str, along: Tensor, size: Tensor, kept: Tensor) -> None:
+        """x += size·along, and for the tangent of x along a hyperparameter z = kept·z + size·along."""
+        z = self.tangent(name, "x", along)
+        if torch.compiler.is_compiling():
+            z.copy_(torch.where(self.ok > 0, torch.addcmul(kept * z, along, size), z))
+            self.x.copy_(torch.where(self.ok > 0, torch.addcmul(self.x, along, size), self.x))
+        else:
+            size = size * self.ok
+            z.mul_(torch.addcmul(self.skip, kept, self.ok)).addcmul_(along, size)
+            self.x.addcmul_(along, size)
+
+    def commit(self, x: Tensor | None, state: State, tangents: dict[str, dict[str, Tensor]]) -> None:
+        """Write what a step made, where ok is 1.; where it is 0. everything keeps its bits. x is None if it is written already."""
+        if x is not None:
+            _write(self.x, x, self.ok)
+        if self.chunk.limits is not None:
+            self.x.clamp_(*self.chunk.limits)
+        for key, new in state.items():
+            # Numbers are written to the chunk itself, by every block the same.
+            _write(self.state[key] if new.dim() else self.chunk.state[key], new, self.ok)
+        for name, tangent in tangents.items():
+            for of, new in tangent.items():
+                _write(self.tangent(name, of, new), new, self.ok)
+
+
+def _write(buffer: Tensor, new: Tensor, ok: Tensor) -> None:
+    # Eagerly a weight of 0 or 1 takes a third of the time of `where`, but 0·inf would be no weight: gradients are cleaned for it.
+    # Fused, `where` costs nothing, and cleaning is left out.
+    if torch.compiler.is_compiling():
+        buffer.copy_(torch.where(ok > 0, new, buffer))
+    else:
+        buffer.lerp_(new, ok)
+
+
+class Compiled:
+    """Functions fused by torch.compile, from the very same code; eager where no compiler works, after one warning.
+
+    torch.compile looks at everything that the code has read before it runs what it has compiled, which takes as long as a small
+    model's whole step. Nothing of that can change here but what a key says, so that nothing is looked at: what was compiled is found
+    by its key alone.
+    """
+
+    def __init__(self) -> None:
         # Imported here, since they take a second that users who do not compile need not wait.
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import InductorError
 
         self.errors = (TorchDynamoException, InductorError)
-        self.eager, self.left = step, warm_up
-        self.fused = torch.compile(step, fullgraph=True, dynamic=False)
+        self.fused: dict[Any, Callable[..., Any]] = {}
+        self.works = True
 
-    def __call__(self, *args: Any, **keywords: Any) -> None:
-        if self.left > 0:
-            self.left -= 1
-            return self.eager(*args, **keywords)
+    def __call__(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args).
+
+        Args:
+            key: equal for calls for which the same compiled code is right: the function and the structure of everything that it reads,
+                but not the numbers in tensors.
+        """
+        if not self.works:
+            return function(*args)
+        key = key, torch.get_num_threads()  # which is a constant in compiled code
+        fused = self.fused.get(key)
+        if fused is None:
+            # Loops of a thousand elements are not worth waking a second thread for.
+            options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192}
+            fused = self.fused[key] = torch.compile(_alone(function), fullgraph=True, dynamic=False, options=options)
         try:
-            return self.fused(*args, **keywords)
+            return fused(*args)
         except self.errors as error:
             # Compilation fails before anything has run, so the step can be taken again.
             warnings.warn(f"torch.compile does not work here, this optimizer goes on without it: {error}", RuntimeWarning, stacklevel=2)
-            self.fused = self.eager
-            return self.eager(*args, **keywords)
+            self.works = False
+            return function(*args)
+
+    def stage(self, also: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """One stage of a step: fused once for all chunks that look alike, as many large ones in one piece would take minutes."""
+        return self((also, function.__name__, *(_shape(a) for a in args)), function, *args)
+
+
+def _shape(argument: Any) -> Any:
+    """The structure of an argument of a stage."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, (list, tuple)):
+        return tuple(_shape(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple((key, _shape(a)) for key, a in argument.items())
+    if isinstance(argument, Part):
+        return _shape([argument.x, argument.g]), argument.chunk.layout()
+    return argument.layout() if isinstance(argument, Chunk) else argument
+
+
+def _none(guards: Sequence[Any]) -> list[bool]:
+    return [False] * len(guards)
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with a code object of its own: what torch.compile has made is kept with the code, and found there."""
+    plain = getattr(function, "__func__", function)
+    copy = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(copy, function.__self__) if isinstance(function, MethodType) else copy

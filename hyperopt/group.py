@@ -2,19 +2,24 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import text, tree
+from . import guards, text, tree
 from .domains import complement
-from .engine import LARGE, Chunk, Compiled, Record
-from .hypergradients import Graph
+from .engine import BLOCK, LARGE, LARGE_FUSED, Chunk, Compiled, Record
+from .hypergradients import Graph, Raw, combine, look
+from .optimizable import call
 from .rule import check
 from .tower import Hyper
 
 CAPACITY = 2**22  # elements gathered into one chunk at most
+WHOLE = (
+    3  # chunks up to which a step is compiled in one piece: 12 take half a minute, and what is made for all of them is in memory at once
+)
 
 
 class Group:
@@ -43,9 +48,10 @@ class Group:
         self.check()
         self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}})
         self.tower["shapes"] = [list(p.shape) for p in self.params]
-        self.tower["skipped"] = self._to(self.tower.get("skipped", torch.zeros(2)))
+        self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
+        self._compiled = Compiled() if compile and spec.strategy != "graph" else None
+        self._steady: dict[Any, int] = {}  # kinds of steps that add no tangents where there are this many
         self._build()
-        self._step = Compiled(self.root.step, spec.height + 2) if compile else self.root.step
 
     @torch.no_grad()
     def _build(self) -> None:
@@ -66,7 +72,10 @@ class Group:
         self.rule = tree.with_zeros(self.spec.rule, self.zeros)
         self.nodes = tree.grow(self.spec, self.rule, self.live, self.tower["nodes"])
         self.root = self.nodes["0"]
-        self.root.resets = self.tower["skipped"][1].clone()
+        if self.watched - {"lr"}:
+            self.root.kernel = None  # as in `_notice`, so that training goes on bit for bit
+        for node in self.nodes.values():
+            node.resets = self.tower["skipped"][1]
         kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
         # The checkpoint may be of a model whose tensors had other dtypes or were on other devices, and a live optimizer that was
         # taken over has state but no partition.
@@ -87,7 +96,9 @@ class Group:
         return len(self.params) if self.spec.per == "tensor" else sum(p.numel() for p in self.params)
 
     def _chunk(self, params: list[Tensor]) -> Chunk:
-        return Chunk(params, [self.state[p] for p in params], self.rule, self._spread(params))
+        chunk = Chunk(params, [self.state[p] for p in params], self.rule, self._spread(params))
+        chunk.separable = chunk.split = self.rule.elementwise and self.root.separable()
+        return chunk
 
     def _partition(self, chunks: list[Chunk]) -> None:
         # Kept with the state, as sums over other chunks would differ in the last bit.
@@ -174,35 +185,69 @@ class Group:
             kept = {**(kept or {}), name: q + (kept or {}).get(name, 0)}
         self.tower["held_out"] = kept
 
-    def step(self, gs: list[Tensor], ok: Tensor, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
+    def step(self, gs: list[Tensor], ok: Tensor | None, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
         """Step the tower.
 
         Args:
             gs: as `collect` returned them.
-            ok: 1. where the step counts.
+            ok: 1. where the step counts; None where these gradients alone decide it.
             every: the levels above 0 step on every `every`-th call.
             directions: for a black box, the displacement of each parameter at lr = 1, downwards.
         """
         self._notice()
         self.tower["calls"] += 1
-        ok = ok.to(self.root.ok)
-        # A step that does not count is written with weight 0, to which 0·inf would be no weight: its gradient is 0 all over.
-        gs = [g.nan_to_num_(0.0, 0.0, 0.0).mul_(ok.to(g)) for g in gs]
         for chunk in self.root.chunks:
             chunk.gather()
         steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in self.root.chunks]
-        written = {name: self.last[name] for name in sorted(self.watched)}
-        learn, held_out = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
-        self._step(gs, ok, written, learn=learn, directions=steps, held_out=held_out)
+        watched, learn, q = tuple(sorted(self.watched)), self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
+        args = gs, ok, watched, learn, q, steps
+        self._run((watched, learn, q is None, ok is None), args) if self._compiled else self._advance(*args)
         for chunk in self.root.chunks:
             chunk.scatter()
-        self.tower["skipped"][0] += 1 - ok
-        if self.spec.above:
-            self.tower["skipped"][1] = sum(node.resets for node in self.nodes.values())
-        for name in self.root.raw.keys() | self.watched:
-            live = self.live[name]
-            self.last[name].copy_(torch.where(ok > 0, live, self.last[name]) if name in self.watched else live)
         self.versions = {name: value._version for name, value in self.live.items()}
+
+    def _run(self, kind: Any, args: tuple[Any, ...]) -> None:
+        """`_advance` with what can be fused of it: all for a few chunks, else stage by stage."""
+        chunks, compiled = self.root.chunks, self._compiled
+        assert compiled is not None
+        whole = len(chunks) <= WHOLE and sum(chunk.numel for chunk in chunks) <= CAPACITY
+        kind = kind, tuple(_memory(chunk, g) for chunk, g in zip(chunks, args[0], strict=True)) if whole else None
+        tangents = self._tangents()
+        fused = self._steady.get(kind) == tangents
+        for chunk in chunks:
+            chunk.split = chunk.separable and not fused
+            chunk.lean = chunk.numel >= BLOCK if not fused else not whole
+        if fused and whole:
+            compiled(kind, self._advance, *args)
+            return
+        self.root.run = partial(compiled.stage, kind) if fused else call
+        self._advance(*args)
+        # Tangents appear step by step, a level takes part once the one below has a hypergradient. To compile each such change of structure
+        # would be for nothing: a step is compiled when one of its kind has added nothing.
+        if self._tangents() == tangents:
+            self._steady[kind] = tangents
+
+    def _tangents(self) -> int:
+        return sum(len(tangent) for node in self.nodes.values() for chunk in node.chunks for tangent in chunk.tangents.values())
+
+    def _advance(
+        self, gs: list[Tensor], ok: Tensor | None, watched: tuple[str, ...], learn: bool, q: Raw | None, directions: list[Tensor] | None
+    ) -> None:
+        """The step between gathering and scattering."""
+        root = self.root
+        if ok is None:
+            looks = [root.run(look, root, chunk, g, learn and q is None) for chunk, g in zip(root.chunks, gs, strict=True)]
+            ok = guards.finite([total for total, _ in looks], root.resets)
+            shares = [share for _, share in looks if share]
+            q = combine(root, shares) if shares else q
+        ok = ok.to(root.resets)
+        root.step(gs, ok, {name: self.last[name] for name in watched}, q=q, learn=learn, directions=directions)
+        self.tower["skipped"][0].add_(1 - ok)
+        for name, last in self.last.items():
+            if name in watched:
+                last.lerp_(self.live[name], ok)
+            elif name in root.raw:
+                last.copy_(self.live[name])
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""
@@ -210,6 +255,8 @@ class Group:
             mine, value = self.live[name], self.group[name]
             if value is mine and mine._version == self.versions[name]:
                 continue
+            if name != "lr":
+                self.root.kernel = None  # made for values that were known
             if value is not mine:
                 mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
                 self.group[name] = mine
@@ -225,6 +272,7 @@ class Group:
                 self.zeros.remove(name)
                 self.rule = self.root.rule = tree.with_zeros(self.spec.rule, self.zeros)
                 self.root.strategy = tree.strategy(self.spec, self.rule)
+                self._compiled = self._compiled and Compiled()
                 for chunk in self.chunks:
                     chunk.extend(self.rule)
 
@@ -238,7 +286,7 @@ class Group:
         for p in params:
             record = self.state[p]
             key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
-            if p.numel() >= LARGE or not self.rule.elementwise:
+            if p.numel() >= (LARGE_FUSED if self._compiled else LARGE) or not self.rule.elementwise:
                 key = (*key, p)
             part = parts.setdefault(key, [])
             if sum(q.numel() for q in part) + p.numel() > CAPACITY:
@@ -246,3 +294,8 @@ class Group:
                 part = parts.setdefault(key, [])
             part.append(p)
         yield from (part for part in parts.values() if part)
+
+
+def _memory(chunk: Chunk, g: Tensor) -> Any:
+    """Which chunk this is, and how tensors that are not the engine's own lie in memory."""
+    return chunk.serial, chunk.direct and (chunk.x().stride(), chunk.x().dtype, g.stride())

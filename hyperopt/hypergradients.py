@@ -1,7 +1,7 @@
 """How a node knows what its next gradient says about its hyperparameters: Z = ∂x/∂r, made in three ways.
 
-Each strategy is an object with the same two methods. `advance` takes one step of the node and makes Z' for the next;
-`pull` returns q = Zᵀg. They agree with one another to rounding wherever more than one applies.
+Each strategy is an object with the same methods. `pull` returns q = Zᵀg, `ends` says how far a step would go, and `advance`
+takes it and makes Z' for the next. They agree with one another to rounding wherever more than one applies.
 
     Tangents        every rule, every hyperparameter, every horizon: forward derivatives carried from step to step
     Displacement    lr alone, for a rule whose displacement is linear in it: no differentiation at all
@@ -11,6 +11,7 @@ Each strategy is an object with the same two methods. `advance` takes one step o
 import importlib
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -22,12 +23,12 @@ from torch.autograd import forward_ad
 from .rule import State
 
 if TYPE_CHECKING:
-    from .engine import Chunk
+    from .engine import Chunk, Part
     from .optimizable import Optimizable
 
 Raw = dict[str, Tensor]
 Tangent = dict[str, dict[str, Tensor]]  # hyperparameter -> "x" or the name of a state -> tangent; absent where it is zero
-Advance = tuple[Raw, list[tuple[Tensor, State, Tangent]]]
+End = tuple[Tensor, Tensor | None, Tensor]  # a move, a factor on it, and what it moves
 
 
 @dataclass(frozen=True)
@@ -45,31 +46,32 @@ class Tangents:
     def pull(self, node: "Optimizable", gs: list[Tensor]) -> Raw:
         return _inner(node, gs)
 
-    def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
-        if node.projects(raw):
-            raw = node.projected(xs, gs, [chunk.state for chunk in node.chunks], raw)
-            keep = node.forget(keep, raw)
+    def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
+        return _ends(node, batch, raw)
+
+    def advance(self, node: "Optimizable", batch: "list[Part]", raw: Raw, keep: Raw) -> None:
         news: list[tuple[Tensor, State]] = []
-        out: list[Tangent] = [{} for _ in node.chunks]
+        out: list[Tangent] = [{} for _ in batch]
+        for part in batch:
+            part.clean_tangents()
         for name in raw:
-            news, tangents = self._along(node, name, xs, gs, raw, keep)
+            news, tangents = self._along(node, name, batch, raw, keep)
             for mine, new in zip(out, tangents, strict=True):
                 mine[name] = new
-        return raw, [(*new, tangent) for new, tangent in zip(news, out, strict=True)]
+        for part, new, tangent in zip(batch, news, out, strict=True):
+            part.commit(*new, tangent)
 
     def _along(
-        self, node: "Optimizable", name: str, xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw
+        self, node: "Optimizable", name: str, batch: "list[Part]", raw: Raw, keep: Raw
     ) -> tuple[list[tuple[Tensor, State]], list[dict[str, Tensor]]]:
         """The updates and their derivative along one hyperparameter."""
-        carried = [
-            {k: z * _like(keep[name], c, name, z) for k, z in c.tangents.get(name, {}).items()} if self.gamma else {} for c in node.chunks
-        ]
+        carried = [{k: z * _like(keep[name], p, name, z) for k, z in p.tangents.get(name, {}).items()} if self.gamma else {} for p in batch]
         news, tangents = [], []
         with forward_ad.dual_level():
-            duals = [_dual(x, z.get("x")) for x, z in zip(xs, carried, strict=True)]
-            states = [{k: _dual(s, z.get(k)) for k, s in c.state.items()} for c, z in zip(node.chunks, carried, strict=True)]
+            duals = [_dual(part.x, z.get("x")) for part, z in zip(batch, carried, strict=True)]
+            states = [{k: _dual(s, z.get(k)) for k, s in part.state.items()} for part, z in zip(batch, carried, strict=True)]
             along = {**raw, name: _dual(raw[name], torch.ones_like(raw[name]))}
-            for x1, s1 in node.updates(duals, gs, states, along):
+            for x1, s1 in node.updates(batch, duals, states, along):
                 (x1, z), *rest = [forward_ad.unpack_dual(a) for a in (x1, *s1.values())]
                 news.append((x1, {k: pair.primal for k, pair in zip(s1, rest, strict=True)}))
                 # At horizon 1 nothing is carried, so the tangents of the state need not be kept.
@@ -80,10 +82,10 @@ class Tangents:
 
 @dataclass(frozen=True)
 class Displacement:
-    """Z' = γ·(∂x'/∂x)·Z + (x' − x): the tangent of log lr, for a rule whose displacement is linear in lr.
+    """Z' = γ·(∂x'/∂x)·Z + (x' − x): the tangent of log lr, for a rule whose displacement is linear in it.
 
-    The displacement comes from the rule itself, evaluated at x = 0, and not from x' − x: at lr = 1e-8 a weight of 0.1
-    does not change in float32, and the difference would be 0 where the derivative is not.
+    The displacement is lr times what the rule itself does at x = 0 and lr = 1, and not x' − x: at lr = 1e-8 a weight of 0.1
+    does not change in float32, and the difference would be 0 where the derivative is not. It is added to x and Z in place.
     """
 
     gamma: float
@@ -94,29 +96,21 @@ class Displacement:
     def pull(self, node: "Optimizable", gs: list[Tensor]) -> Raw:
         return _inner(node, gs)
 
-    def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
-        moves, states, shrinks = [], [], []
-        for chunk, x, g in zip(node.chunks, xs, gs, strict=True):
-            h = node.values(raw, chunk)
-            move, state = node.rule.update(x.new_zeros(()), g, chunk.state, h, chunk.t + 1)
-            decay = node.rule.shrink(h)
-            shrinks.append(decay)
-            moves.append(move if isinstance(decay, float) else move + (decay - 1) * x)
-            states.append(state)
-        scale = None
-        if node.projects(raw):
-            raw, scale = node.project(raw, moves, node.moved(xs, [chunk.state for chunk in node.chunks]))
-            keep = node.forget(keep, raw)
-        out = []
-        for chunk, x, move, state, decay in zip(node.chunks, xs, moves, states, shrinks, strict=True):
-            if scale is not None:
-                move = move * scale.to(move)
-                decay = decay if isinstance(decay, float) else 1 + (decay - 1) * scale.to(move)
-            z = move
-            if self.gamma and chunk.tangents:
-                z = torch.addcmul(move, chunk.tangents["lr"]["x"], _like(keep["lr"], chunk, "lr", move) * decay)
-            out.append((x + move, state, {"lr": {"x": z}}))
-        return raw, out
+    def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
+        (part,) = batch
+        made = direction(node, part, raw)
+        if not part.chunk.lean or (node.kernel and not torch.compiler.is_compiling()):
+            part.made = made
+        return [(made[0], node.values(raw, part).lr, part.state.get(node.rule.moves, part.x))]
+
+    def advance(self, node: "Optimizable", batch: "list[Part]", raw: Raw, keep: Raw) -> None:
+        (part,) = batch
+        along, state = part.made or direction(node, part, raw)
+        h = node.values(raw, part)
+        part.clean_tangents()
+        kept, shrink = _like(keep["lr"], part, "lr", along), node.rule.shrink(h)
+        part.displace("lr", along, h.lr, kept if isinstance(shrink, float) else kept * shrink)
+        part.commit(None, state, {})
 
 
 class Graph:
@@ -141,17 +135,19 @@ class Graph:
         qs = torch.autograd.grad(outputs, list(self.leaves.values()), grads, retain_graph=True, allow_unused=True)
         return {name: torch.zeros_like(leaf) if q is None else q for (name, leaf), q in zip(self.leaves.items(), qs, strict=True)}
 
-    def advance(self, node: "Optimizable", xs: list[Tensor], gs: list[Tensor], raw: Raw, keep: Raw) -> Advance:
-        if node.projects(raw):
-            raw = node.projected(xs, gs, [chunk.state for chunk in node.chunks], raw)
+    def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
+        return _ends(node, batch, raw)
+
+    def advance(self, node: "Optimizable", batch: "list[Part]", raw: Raw, keep: Raw) -> None:
         leaves = {name: r.detach().clone().requires_grad_() for name, r in raw.items()}
         # Copies, because the graph keeps what it was made of and the chunks go on to change it in place.
-        states = [{k: s.clone() for k, s in chunk.state.items()} for chunk in node.chunks]
+        states = [{k: s.clone() for k, s in part.state.items()} for part in batch]
         with torch.enable_grad():
-            news = node.updates([x.clone() for x in xs], [g.clone() for g in gs], states, leaves)
-        if bool(node.ok):
-            self.leaves, self.outputs = leaves, {c: x1 for c, (x1, _) in zip(node.chunks, news, strict=True)}
-        return raw, [(x1.detach(), {k: s.detach() for k, s in s1.items()}, {}) for x1, s1 in news]
+            news = node.updates(batch, [part.x.clone() for part in batch], states, leaves)
+        if bool(batch[0].ok):
+            self.leaves, self.outputs = leaves, {part.chunk: x1 for part, (x1, _) in zip(batch, news, strict=True)}
+        for part, (x1, s1) in zip(batch, news, strict=True):
+            part.commit(x1.detach(), {k: s.detach() for k, s in s1.items()}, {})
 
 
 Strategy = Tangents | Displacement | Graph
@@ -162,19 +158,54 @@ def gamma(horizon: float) -> float:
     return 1.0 - 1.0 / horizon if horizon < math.inf else 1.0
 
 
-def _inner(node: "Optimizable", gs: list[Tensor]) -> Raw:
+def share(node: "Optimizable", chunk: "Chunk", g: Tensor) -> Raw:
+    """What one chunk adds to Zᵀg."""
+    found = {name: tangent["x"] for name, tangent in chunk.tangents.items() if "x" in tangent}
+    return {name: chunk.inner(name, g, z).to(node.raw[name]) for name, z in found.items()}
+
+
+def look(node: "Optimizable", chunk: "Chunk", g: Tensor, pull: bool) -> tuple[Tensor, Raw]:
+    """What a step has to know of a chunk's gradient before it is taken: Σg, which is finite if g is, and its share of Zᵀg."""
+    return g.sum(), share(node, chunk, g) if pull else {}
+
+
+def combine(node: "Optimizable", shares: Sequence[Raw]) -> Raw:
+    """Zᵀg from the shares of all chunks."""
     q: Raw = {}
-    for chunk, g in zip(node.chunks, gs, strict=True):
-        for name, tangent in chunk.tangents.items():
-            if "x" in tangent:
-                part = chunk.inner(name, g, tangent["x"]).to(node.raw[name])
-                q[name] = q[name] + part if name in q else part
-    return {name: q.get(name, torch.zeros_like(raw)) for name, raw in node.raw.items()}
+    for found in shares:
+        q = {**q, **{name: q[name] + part if name in q else part for name, part in found.items()}}
+    return {name: q[name] if name in q else torch.zeros_like(raw) for name, raw in node.raw.items()}
 
 
-def _like(factor: Tensor, chunk: "Chunk", name: str, z: Tensor) -> Tensor:
+def _inner(node: "Optimizable", gs: list[Tensor]) -> Raw:
+    return combine(node, [share(node, chunk, g) for chunk, g in zip(node.chunks, gs, strict=True)])
+
+
+def direction(node: "Optimizable", part: "Part", raw: Raw) -> tuple[Tensor, State]:
+    """(x' − x) / lr of a rule that is linear in lr, 0 where the step does not count, and the new state if that is not written yet."""
+    h = node.values(raw, part, lr=torch.ones_like(part.t))
+    if node.kernel and not torch.compiler.is_compiling():
+        move, state = part.scratch(lasting=node.projects()), {}
+        node.kernel(move, part.g, part.state, part.t, part.skip)
+    else:
+        move, state = node.rule.update(torch.zeros_like(part.t), part.gradient(), part.state, h, part.t)
+    shrink = node.rule.shrink(h)
+    return (move if isinstance(shrink, float) else torch.addcmul(move, part.x, shrink.sub(1))), state
+
+
+def _ends(node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
+    """Of a plain update at `raw`."""
+    found: list[End] = []
+    for part in batch:
+        x1, s1 = node.update(part, part.x, part.state, raw)
+        place = part.state.get(node.rule.moves, part.x)
+        found.append((s1.get(node.rule.moves, x1) - place, None, place))
+    return found
+
+
+def _like(factor: Tensor, part: "Part", name: str, z: Tensor) -> Tensor:
     """A factor on a tangent: one number, or one for each value of the hyperparameter, spread over the coordinates."""
-    return chunk.spread(name, factor) if factor.dim() and z.dim() else factor.to(z)
+    return part.spread(name, factor) if factor.dim() and z.dim() else factor.to(z)
 
 
 def _dual(x: Tensor, tangent: Tensor | None) -> Tensor:

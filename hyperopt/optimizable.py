@@ -1,8 +1,8 @@
 """The recursion: a node steps its tensors with hyperparameters that the nodes above it have just stepped."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from torch import Tensor
 from . import guards
 from .domains import Domain, complement
 from .feasible import Feasible
-from .hypergradients import Raw, Strategy
-from .rule import Rule, State, Values
+from .hypergradients import Graph, Raw, Strategy, direction
+from .rule import Kernel, Rule, State, Values
 
 if TYPE_CHECKING:
-    from .engine import Chunk
+    from .engine import Chunk, Part
+
+Run = Callable[..., Any]  # calls one stage of a step: run(stage, *arguments)
 
 
 class Assigned(NamedTuple):
@@ -35,6 +37,7 @@ class Optimizable:
         Z' = how x' depends on r'                   kept for the next step
 
     Nothing here waits for the device. A step that must not count is computed like any other and written with weight 0.
+    A step is a few stages, each a method that `run` calls: the engine may have them compiled.
 
     Args:
         level: 0 for the weights of the model, 1 for their hyperparameters, and so on.
@@ -71,9 +74,10 @@ class Optimizable:
         for names, node in above:
             parts = node.chunks[0].tensors[0].split([live[n].numel() for n in names])
             self.raw |= {n: part.view(live[n].shape) for n, part in zip(names, parts, strict=True)}
+        self.kernel: Kernel | None = None
         self.q: Raw = {}
         self.resets = next(iter(live.values())).new_zeros(())
-        self.ok = torch.ones_like(self.resets)
+        self.run: Run = call
         self._assigned: dict[str, Assigned] = {}
 
     def step(
@@ -82,115 +86,164 @@ class Optimizable:
         ok: Tensor,
         written: Mapping[str, Tensor] | None = None,
         *,
+        q: Raw | None = None,
         learn: bool = True,
         directions: list[Tensor] | None = None,
-        held_out: Raw | None = None,
     ) -> None:
         """One step of this node and of all above it.
 
         Args:
-            gs: the gradient of the loss with respect to x, finite, one tensor a chunk.
+            gs: the gradient of the loss with respect to x, one tensor a chunk.
             ok: 0-d, 1. if the step counts, 0. if nothing may change.
             written: for hyperparameters that a user may have assigned, the value that was written last.
+            q: hypergradients to learn from in place of Zᵀ g, whatever `learn` says.
             learn: let the levels above step too.
             directions: what the update is given in place of `gs`, where another optimizer has made the step.
-            held_out: hypergradients to learn from in place of Zᵀ g, whatever `learn` says.
         """
-        self.ok = ok
-        keep = {name: torch.full_like(ok, self.strategy.gamma) for name in self.raw}
-        if self.raw and (learn or held_out is not None) and self.strategy.ready(self):
-            q = self.strategy.pull(self, gs) if held_out is None else held_out
-            healthy = {name: v.sum().isfinite().to(ok.dtype) for name, v in q.items()}
-            all_healthy = torch.stack(list(healthy.values())).amin()
-            started = torch.stack([chunk.t for chunk in self.chunks]).amax().clamp(max=1).to(ok)
-            for names, node in self.above:
-                flat = torch.cat([q[n].reshape(-1) for n in names])
-                node.step([flat.nan_to_num(0.0, 0.0, 0.0)], ok * all_healthy * started)
-            keep = {name: healthy[name] * self.strategy.gamma for name in q}
-            self.resets += ok * (1 - all_healthy)
-            self.q = q
-
-        raw = self._settle(written or {})
+        if q is None and learn and self.raw and self.strategy.ready(self):
+            q = self.strategy.pull(self, gs)
+        raw, keep = self.run(self.learn, q, ok, written or {})
         gs = gs if directions is None else directions
-        xs = [chunk.x() for chunk in self.chunks]
-        if self.raw:
-            for chunk in self.chunks:
-                chunk.clean()
-            raw, news = self.strategy.advance(self, xs, gs, raw, keep)
-        else:
-            news = [(x1, s1, {}) for x1, s1 in self.updates(xs, gs, [chunk.state for chunk in self.chunks], raw)]
-        for chunk, new in zip(self.chunks, news, strict=True):
-            chunk.commit(*new, ok)
-        self._publish(raw, ok)
+        parts = [part for chunk, g in zip(self.chunks, gs, strict=True) for part in chunk.parts(g, ok, clean=self.level > 0)]
+        # Where nothing couples the weights they are taken part by part, so that what is made on the way is never larger than one.
+        batches = [[part] for part in parts] if self.separable() else [parts]
+        if self.projects():
+            sizes = [self.run(self.measure, batch, raw) for batch in batches]
+            raw, keep = self.run(self.project, raw, keep, sizes, ok)
+        for batch in batches:
+            self.run(self.write, batch, raw, keep)
+        for chunk in self.chunks:
+            chunk.t += ok
+        self.run(self.publish, raw, ok)
 
-    def updates(self, xs: list[Tensor], gs: list[Tensor], states: list[State], raw: Raw) -> list[tuple[Tensor, State]]:
-        """The update of every chunk at raw hyperparameters `raw`, inside the feasible set, as a differentiable function."""
-        news = [self.update(*each, raw) for each in zip(self.chunks, xs, gs, states, strict=True)]
+    def learn(self, q: Raw | None, ok: Tensor, written: Mapping[str, Tensor]) -> tuple[Raw, Raw]:
+        """Step the levels above; the raw hyperparameters of this step, and the factor with which tangents go into it."""
+        gamma = self.strategy.gamma
+        if q is None:
+            keep = {name: torch.full_like(ok, gamma) for name in self.raw}
+        else:
+            healthy = {name: guards.is_finite(v.sum() if v.dim() else v) for name, v in q.items()}
+            fine = ok
+            for h in healthy.values():
+                fine = fine * h
+            self.resets.add_(ok - fine)
+            started = guards.combined([chunk.t for chunk in self.chunks], torch.maximum, torch.amax)
+            counts = fine * started.to(ok).clamp(max=1)
+            for names, node in self.above:
+                flat = q[names[0]].reshape(-1) if len(names) == 1 else torch.cat([q[n].reshape(-1) for n in names])
+                node.step([flat.nan_to_num(0.0, 0.0, 0.0)], counts)
+            keep = {name: h * gamma for name, h in healthy.items()}
+            self.q = q
+        return self._settle(written), keep
+
+    def measure(self, batch: "list[Part]", raw: Raw) -> list[tuple[Tensor, Tensor]]:
+        """For every part how far the step at `raw` would take what lr moves, and how large that is."""
+        return [self._sizes(*ends) for ends in self.strategy.ends(self, batch, raw)]
+
+    def project(self, raw: Raw, keep: Raw, sizes: list[list[tuple[Tensor, Tensor]]], ok: Tensor) -> tuple[Raw, Raw]:
+        """Raw hyperparameters with lr projected down to what trust allows, and what past steps may say about it then."""
+        moves, places = zip(*[size for batch in sizes for size in batch], strict=True)
+        like, domain = raw["lr"], self.domains["lr"]
+        numel = sum(chunk.numel for chunk in self.chunks)
+        trust = math.inf if self.trust is None else self.trust
+        scale = guards.relative_scale(moves, places, numel, trust) if self.level == 0 else guards.absolute_scale(moves, trust)
+        scale = scale.to(like)
+        if "lr" in self._assigned:
+            scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)
+        raw = {**raw, "lr": domain.scaled(like, scale).clamp(*domain.raw_limits(like.dtype))}
+        factor, anchor = guards.fade(self.anchor, domain.log_size(raw["lr"]))
+        self.anchor.lerp_(anchor, ok)
+        return raw, {**keep, "lr": keep["lr"] * factor}
+
+    def write(self, batch: "list[Part]", raw: Raw, keep: Raw) -> None:
+        """Take the step."""
+        if self.raw:
+            self.strategy.advance(self, batch, raw, keep)
+        elif self.kernel and not torch.compiler.is_compiling():
+            for part in batch:
+                move = direction(self, part, raw)[0] * (self.values(raw, part).lr * part.ok)
+                part.x.add_(self.limit(move) if self.limited() else move)
+                part.commit(None, {}, {})
+        else:
+            for part, new in zip(batch, self.updates(batch, [part.x for part in batch], [part.state for part in batch], raw), strict=True):
+                part.commit(*new, {})
+
+    def publish(self, raw: Raw, ok: Tensor) -> None:
+        """Write the values that this step used where users read them, and keep raw values that were changed on the way."""
+        for name, r in raw.items():
+            kept = self.raw[name]
+            if r is not kept:
+                kept.lerp_(r, ok)
+            value = self.domains[name].value(kept)
+            if name in self._assigned:
+                value = torch.where(self._assigned[name].changed, self._assigned[name].value, value)
+            self.live[name].lerp_(value, ok)
+
+    def updates(self, batch: "list[Part]", xs: list[Tensor], states: list[State], raw: Raw) -> list[tuple[Tensor, State]]:
+        """The update of every part at raw hyperparameters `raw`, inside the feasible set, as a differentiable function."""
+        news = [self.update(*each, raw) for each in zip(batch, xs, states, strict=True)]
         if self.feasible is None:
             return news
-        times = [(self.values(raw, chunk), chunk.t + 1) for chunk in self.chunks]
+        times = [(self.values(raw, part), part.t) for part in batch]
         places = [s1.get(self.rule.moves, x1) for x1, s1 in news]
         metrics = [self.rule.metric(s1, *time) for (_, s1), time in zip(news, times, strict=True)]
         places = self.feasible.project(places, metrics)
         return [self.rule.ended_at(place, *new, *time) for place, new, time in zip(places, news, times, strict=True)]
 
-    def update(self, chunk: "Chunk", x: Tensor, g: Tensor, state: State, raw: Raw) -> tuple[Tensor, State]:
-        """The rule's update of one chunk."""
-        x1, s1 = self.rule.update(x, g, state, self.values(raw, chunk), chunk.t + 1)
-        if self.level and self.trust is not None and "lr" not in self.raw:
-            x1 = x + (x1 - x).clamp(-self.trust, self.trust)
-        return x1, s1
+    def update(self, part: "Part", x: Tensor, state: State, raw: Raw) -> tuple[Tensor, State]:
+        """The rule's update of one part."""
+        x1, s1 = self.rule.update(x, part.gradient(), state, self.values(raw, part), part.t)
+        return (x + self.limit(x1 - x) if self.limited() else x1), s1
 
-    def values(self, raw: Raw, chunk: "Chunk") -> Values:
-        """The hyperparameters as the rule sees them, spread over the coordinates of a chunk where they differ there."""
+    def limited(self) -> bool:
+        """Whether moves are cut to what trust allows: above level 0, where lr is not learned and thus not projected."""
+        return self.level > 0 and self.trust is not None and "lr" not in self.raw
+
+    def limit(self, move: Tensor) -> Tensor:
+        """A move, cut."""
+        return move if self.trust is None else move.clamp(-self.trust, self.trust)
+
+    def values(self, raw: Raw, part: "Part | Chunk", **given: Tensor) -> Values:
+        """The hyperparameters as the rule sees them, spread over the coordinates of a part where they differ there.
+
+        Args:
+            raw: the raw ones.
+            part: of x.
+            given: values to use in place of the node's own.
+        """
 
         def value(name: str) -> Tensor:
+            if name in given:
+                return given[name]
             if name not in self.live:
                 raise AttributeError(f"{type(self.rule).__name__} declares no hyperparameter {name!r}: it has {', '.join(self.live)}")
             v = self.domains[name].value(raw[name]) if name in raw else self.live[name]
             if name in self._assigned:
                 a = self._assigned[name]
                 v = torch.where(a.boundary, a.value, v + a.shift)
-            return chunk.spread(name, v)
+            return part.spread(name, v)
 
         def one_minus(name: str) -> Tensor:
             if name in self._assigned:
                 return complement(value(name))
-            return chunk.spread(name, self.domains[name].complement(raw[name]) if name in raw else self.complements[name])
+            return part.spread(name, self.domains[name].complement(raw[name]) if name in raw else self.complements[name])
 
         return Values(value, one_minus)
 
-    def projects(self, raw: Raw) -> bool:
+    def separable(self) -> bool:
+        """Whether parts of x can be stepped one after the other."""
+        return self.feasible is None and not isinstance(self.strategy, Graph)
+
+    def projects(self) -> bool:
         """Whether lr is projected down where the step would be larger than trust allows."""
-        return self.trust is not None and "lr" in raw
+        return self.trust is not None and "lr" in self.raw
 
-    def projected(self, xs: list[Tensor], gs: list[Tensor], states: list[State], raw: Raw) -> Raw:
-        """Raw hyperparameters with lr projected down to what a step may move."""
-        news = [self.update(*each, raw) for each in zip(self.chunks, xs, gs, states, strict=True)]
-        places = self.moved(xs, states)
-        ends = [s1.get(self.rule.moves, x1) for x1, s1 in news]
-        return self.project(raw, [end - place for end, place in zip(ends, places, strict=True)], places)[0]
-
-    def moved(self, xs: list[Tensor], states: list[State]) -> list[Tensor]:
-        """What lr moves: the weights, or the sequence of the rule's state that stands for them."""
-        return [state.get(self.rule.moves, x) for x, state in zip(xs, states, strict=True)]
-
-    def project(self, raw: Raw, moves: list[Tensor], places: list[Tensor]) -> tuple[Raw, Tensor]:
-        """Raw hyperparameters with lr projected down, and the factor by which it was."""
-        like, trust = raw["lr"], self.trust or math.inf
-        scale = guards.relative_scale(moves, places, trust, like) if self.level == 0 else guards.absolute_scale(moves, trust).to(like)
-        if "lr" in self._assigned:
-            scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)
-        low, high = self.domains["lr"].raw_limits(like.dtype)
-        return {**raw, "lr": guards.project(self.domains["lr"], like, scale).clamp(low, high)}, scale
-
-    def forget(self, keep: Raw, raw: Raw) -> Raw:
-        """By how much tangents are multiplied before the step at `raw`: by γ, and by less where lr has fallen and trust is on."""
-        if not self.projects(raw):
-            return keep
-        factor, anchor = guards.fade(self.anchor, self.domains["lr"].value(raw["lr"]))
-        self.anchor.lerp_(anchor, self.ok)
-        return {**keep, "lr": keep["lr"] * factor}
+    def _sizes(self, move: Tensor, factor: Tensor | None, place: Tensor) -> tuple[Tensor, Tensor]:
+        if factor is not None and factor.dim():
+            move, factor = move * factor, None
+        size = move.abs().amax() if self.level else guards.norm(move)
+        size = size if factor is None else size * factor
+        return size, place if self.level else guards.norm(place)
 
     def _settle(self, written: Mapping[str, Tensor]) -> Raw:
         """Raw hyperparameters, with what a user assigned since the last step in place of what the level above chose."""
@@ -207,13 +260,7 @@ class Optimizable:
             self._assigned[name] = Assigned(changed, changed & ~inside, value, shift)
         return raw
 
-    def _publish(self, raw: Raw, ok: Tensor) -> None:
-        """Write the values that this step used where users read them, and keep raw values that were changed on the way."""
-        for name, r in raw.items():
-            kept = self.raw[name]
-            if r is not kept:
-                kept.copy_(torch.where(ok > 0, r, kept))
-            value = self.domains[name].value(kept)
-            if name in self._assigned:
-                value = torch.where(self._assigned[name].changed, self._assigned[name].value, value)
-            self.live[name].copy_(torch.where(ok > 0, value, self.live[name]))
+
+def call(stage: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a stage as it is."""
+    return stage(*arguments)

@@ -133,13 +133,14 @@ class HyperOptimizer(Optimizer):
         gathered = [(group, gs) for group, gs in gathered if gs]
         if not gathered:
             return loss
-        ok = guards.finite([g for _, gs in gathered for g in gs], gathered[0][0].root.ok)
-        directions = None
-        if self.driven is not None:
+        ok = directions = None
+        if len(gathered) > 1 or self.driven is not None:
+            ok = guards.finite([g.sum() for _, gs in gathered for g in gs], gathered[0][0].root.resets)
+        if self.driven is not None and ok is not None:
             # The one wait for the device: the other optimizer must not see a gradient that is not finite.
             zeros = {p: torch.zeros_like(p) for group, _ in gathered for p in group.params}
             directions = {**zeros, **self.driven.directions()} if bool(ok) else zeros
-            ok = ok * guards.finite(list(directions.values()), ok)
+            ok = ok * guards.finite([move.sum() for move in directions.values()], ok)
         for group, gs in gathered:
             group.step(gs, ok, self.hyper_every, directions)
         return loss

@@ -16,6 +16,8 @@ from torch import Tensor
 from .domains import Domain
 
 State = dict[str, Tensor]
+# kernel(move, g, state, t, skip) adds −d to `move` and writes the state in place, but does nothing where the 0-d `skip` is 1.
+Kernel = Callable[[Tensor, Tensor, State, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ class Rule(ABC):
             h: the hyperparameters.
             t: the number of this step, from 1, a 0-d tensor.
         """
+
+    def kernel(self, h: Mapping[str, float]) -> "Kernel | None":
+        """A kernel of torch's own that computes −d and the new state in one pass, for a rule that is linear in lr, if there is one.
+
+        It is used in eager mode in place of a dozen operations of `update`, where lr alone is learned.
+
+        Args:
+            h: the values of all hyperparameters but lr, which are held.
+        """
+        return None
 
     def linear_in_lr(self) -> bool:
         """Whether x' = shrink(h)·x − lr·d(g, state, h) and the state never reads x; ∂x'/∂log lr is then x' − x."""

@@ -11,7 +11,7 @@ from .domains import Positive, complement
 from .engine import Chunk
 from .hypergradients import Displacement, Graph, Strategy, Tangents, gamma
 from .optimizable import Optimizable
-from .rule import Rule
+from .rule import Kernel, Rule
 from .tower import Hyper
 
 Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "x", "values" and "state" of those above level 0
@@ -56,6 +56,7 @@ def _node(
     nodes[label] = Optimizable(
         level, rule, chunks, live, complements, domains, above, made, spec.trust_at(level), spec.project, record["anchor"]
     )
+    nodes[label].kernel = kernel(spec, nodes[label])
     return nodes[label]
 
 
@@ -106,6 +107,16 @@ def strategy(spec: Hyper, rule: Rule) -> Strategy:
     if spec.learning == ("lr",) and spec.project is None and rule.linear_in_lr() and spec.domain("lr") == Positive():
         return Displacement(gamma(spec.horizon))
     return Tangents(gamma(spec.horizon))
+
+
+def kernel(spec: Hyper, node: Optimizable) -> Kernel | None:
+    """The kernel with which a node steps in eager mode, if there is one; it looks at the values of held hyperparameters."""
+    held = {name: value for name, value in node.live.items() if name != "lr"}
+    wanted = isinstance(node.strategy, Displacement) or not spec.learning
+    if not wanted or spec.project is not None or not node.rule.linear_in_lr() or any(value.dim() for value in held.values()):
+        return None
+    # Near 1 the complement has the digits.
+    return node.rule.kernel({n: 1 - float(node.complements[n]) if 0.5 < float(v) < 1 else float(v) for n, v in held.items()})
 
 
 def with_zeros(rule: Rule, zeros: Collection[str]) -> Rule:

@@ -222,12 +222,14 @@ def test_the_average_is_torchs_started_from_nothing_and_training_is_that_of_the_
             backward(m, at)
             optimizer.step()
         reference.update_parameters(twin)
-    assert torch.equal(flat(model), flat(twin))
+    # Adam alone steps with a kernel of torch's own, which rounds differently.
+    atol = 1e-12 if pairs[1][1]._groups()[0].root.kernel else 0
+    torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=atol)
     assert (flat(model) - flat(net())).norm() > 0.01
     expected = flat(reference) / (1 - DECAY**100)
     with pairs[0][1].averaged():
         torch.testing.assert_close(flat(model), expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(flat(model), flat(twin))
+    torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])

@@ -207,7 +207,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything(name, value):
     before = snapshot(model, optimizer)
     optimizer.step()
     after = snapshot(model, optimizer)
-    assert set(differences(before, after)) <= {"[1][0].tower.calls: 4 != 5", "[1][0].tower.skipped"}
+    assert set(differences(before, after)) <= {"[1][0].tower.calls: 4 != 5", "[1][0].tower.skipped[0]"}
     assert optimizer.skipped["gradients"] == 1
     for m, o in ((model, optimizer), (twin, other)):
         train(m, o, range(5, 8))

@@ -142,7 +142,7 @@ def replay(node, steps, shift):
 
 def fading(node, steps, index):
     """By how much the guard against a falling lr multiplies tangents before each step."""
-    if not node.projects(node.raw):
+    if not node.projects():
         return [1.0] * len(steps)
     factors, anchor = [], float(steps[0].given["lr"][index])  # log lr, from the first value on
     for step in steps:

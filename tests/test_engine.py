@@ -131,10 +131,138 @@ def test_every_rule(case, turn, monkeypatch):
         end = eager[1].hyperparameters()
         for name in tower.learning:
             assert end[f"0.{name}"] != start[f"0.{name}"], f"{name} did not move"
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == len(turn.dtypes)
 
 
 # ---- what is not a matter of rules
+
+
+TOWERS = [
+    "Adam / Adam",
+    "AdamW(learn=(lr, beta1, weight_decay)) / Adam / SGD",
+    "SGD(lr=0.1, momentum=0.9, weight_decay=0.1, learn=(lr, momentum), horizon=10) / Adam",
+    "ScheduleFree(Adam) / Adam",
+    'Adam(per="tensor") / Adam',
+    "Adam",
+]
+
+
+@pytest.mark.parametrize("text", TOWERS)
+def test_stage_by_stage(text, monkeypatch):
+    """As models with many large tensors are compiled: each stage once for all chunks that look alike."""
+    monkeypatch.setattr("hyperopt.group.WHOLE", 0)
+    monkeypatch.setattr("hyperopt.group.LARGE", 1)
+    monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=GRAPH))
+    eager, fused = (bound(text, compile=c) for c in (False, True))
+    train(STEPS, eager, fused)
+    assert_equal(eager, fused, torch.float32)
+    assert len(fused[1]._groups()[0].chunks) == 3
+    # A look, a measure and a write for each of three shapes, and learning, projecting and publishing.
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+
+
+def test_chunks_that_look_alike_share_what_is_compiled(monkeypatch):
+    monkeypatch.setattr("hyperopt.group.WHOLE", 0)
+    monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
+    found = []
+    for count in (2, 9):
+        counters.clear()
+        params = [nn.Parameter(torch.randn(4, 3)) for _ in range(count)]
+        optimizer = Hyper(Adam).stack(Adam).bind(params, compile=True)
+        train(8, (params, optimizer))
+        found.append(counters["stats"]["unique_graphs"])
+    assert found == [6, 6]
+
+
+@pytest.mark.parametrize("text", TOWERS)
+@pytest.mark.parametrize("direct", [False, True])
+def test_block_by_block(text, direct, monkeypatch):
+    """As large tensors are stepped eagerly: in blocks, with nothing else than rounding to show for it."""
+    if direct:
+        monkeypatch.setattr("hyperopt.group.LARGE", 10)
+    at_once = bound(text, compile=False)
+    train(STEPS, at_once)
+    monkeypatch.setattr("hyperopt.engine.BLOCK", 8)
+    blocks = bound(text, compile=False)
+    train(STEPS, blocks)
+    assert max(len(chunk.parts(chunk.x(), torch.ones(()), clean=True)) for chunk in blocks[1]._groups()[0].chunks) > 4
+    assert_equal(at_once, blocks, torch.float32)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("text", ["Adam / Adam", "Adam(trust=None) / Adam", "AdamW / Adam", "Adam"])
+def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr("hyperopt.engine.BLOCK", 8)
+    kernel, rule = (bound(text, compile=False) for _ in range(2))
+    nodes = rule[1]._groups()[0].nodes.values()
+    assert all(node.kernel for node in nodes)
+    for node in nodes:
+        node.kernel = None
+    train(STEPS, kernel, rule)
+    assert_equal(rule, kernel, torch.float32)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+def test_torchs_kernel_with_gradients_that_are_not_finite_or_have_no_square(value):
+    params, optimizer = bound("Adam / Adam", compile=False)
+    train(4, (params, optimizer))
+    before = everything(params, optimizer)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    params[0].grad[0, 0] = value
+    optimizer.step()
+    after = everything(params, optimizer)
+    if math.isfinite(value):
+        assert all(v.isfinite().all() for v in after.values())
+        assert optimizer.skipped["gradients"] == 0
+        assert after["t[0]"] == 5
+    else:
+        assert optimizer.skipped["gradients"] == 1
+        assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("q "))
+
+
+@pytest.mark.parametrize("whole", [3, 0])
+def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
+    # What is compiled is found by a key and not by looking at everything that was read, so that keys have to tell all apart.
+    monkeypatch.setattr("hyperopt.group.WHOLE", whole)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
+    texts = ["Adam / Adam", "Adam(trust=None) / Adam", "Adam(lr=0.01, horizon=1) / SGD", "SGD(lr=0.1) / Adam"]
+    pairs = [tuple(bound(text, compile=c) for c in (False, True)) for text in texts]
+    train(20, *(one for pair in pairs for one in pair))
+    for eager, fused in pairs:
+        assert_equal(eager, fused, torch.float32)
+
+
+@pytest.mark.parametrize("whole", [3, 0])
+def test_what_changes_between_steps(whole, monkeypatch):
+    """Levels above that step now and then, parameters without a gradient, weights and gradients that lie otherwise in memory."""
+    monkeypatch.setattr("hyperopt.group.WHOLE", whole)
+    monkeypatch.setattr("hyperopt.group.LARGE", 1)
+    monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
+    pairs = []
+    for c in (False, True):
+        params = bound("Adam", compile=False)[0]
+        pairs.append((params, Hyper(Adam, lr=0.01, learn=("lr", "beta1")).stack(Adam).bind(params, compile=c, hyper_every=3)))
+    for at in range(STEPS):
+        for params, optimizer in pairs:
+            generator = torch.Generator().manual_seed(at)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            if at % 7 == 3:
+                params[1].grad = None
+            if at > 20:
+                params[0].grad = params[0].grad.t().contiguous().t()
+            if at == 30:
+                params[2].data = params[2].data.t().contiguous().t()
+            if at == 40:
+                params[2].grad[0, 0] = math.inf
+            optimizer.step()
+    assert_equal(*pairs, torch.float32)
+    assert pairs[1][1].skipped == {"gradients": 1, "hypergradients": 0}
 
 
 BRANCHES = "Adam(learn=(lr, beta1)) / {lr: Adam, beta1: SGD}"
@@ -155,10 +283,11 @@ def test_a_skipped_step_and_an_assigned_lr_do_not_compile_again():
     params, optimizer = bound("Adam / Adam", compile=True)
     for at in range(6):
         step(params, optimizer, at)
-    optimizer.param_groups[0]["lr"] = 0.01
-    step(params, optimizer, 6)
+    for at, lr in enumerate((0.01, 0.015), start=6):
+        optimizer.param_groups[0]["lr"] = lr
+        step(params, optimizer, at)  # the first of its kind is eager
     before = counters["stats"]["unique_graphs"]
-    for at, lr in enumerate((0.02, 0.03, 0.04), start=7):
+    for at, lr in enumerate((0.02, 0.03, 0.04), start=8):
         optimizer.param_groups[0]["lr"].fill_(lr)
         step(params, optimizer, at)
         assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(lr)

@@ -8,7 +8,7 @@ import torch
 from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Positive, guards
+from hyperopt import SGD, Adam, AdamW, Hyper, Positive, Real, UnitInterval, guards
 from hyperopt.rule import Rule
 from hyperopt.tower import TRUST_ABOVE
 
@@ -510,16 +510,19 @@ def test_raw_values_stop_where_their_values_would_leave_the_domain(dtype, name, 
 
 def test_finite_sees_every_kind():
     like = torch.zeros(())
-    good = [torch.ones(3), torch.full((2,), 1e30)]
+    good = [torch.ones(3).sum(), torch.full((2,), 1e30).sum()]
     assert float(guards.finite(good, like)) == 1
     for bad in BAD:
-        assert float(guards.finite([*good, torch.tensor([0.0, bad])], like)) == 0
-    assert float(guards.finite([torch.tensor([math.inf, -math.inf])], like)) == 0
+        assert float(guards.finite([*good, torch.tensor([0.0, bad]).sum()], like)) == 0
+    assert float(guards.finite([torch.tensor([math.inf, -math.inf]).sum()], like)) == 0
 
 
-def test_project_is_exact_where_nothing_is_scaled():
-    raw = torch.linspace(-80, 80, 161)
-    assert guards.project(Positive(), raw, torch.ones(())).equal(raw)
+@pytest.mark.parametrize("domain", [Positive(), Positive(0.1), Real(), UnitInterval()], ids=str)
+def test_a_value_is_scaled_and_exact_where_the_factor_is_1(domain):
+    raw = torch.linspace(-8, 8, 161, dtype=torch.float64)
+    assert domain.scaled(raw, torch.ones((), dtype=torch.float64)).equal(raw)
+    half = domain.value(domain.scaled(raw, torch.tensor(0.5, dtype=torch.float64)))
+    torch.testing.assert_close(half, domain.value(raw) / 2, rtol=1e-9, atol=0)
 
 
 def test_a_copy_of_a_guarded_run_is_guarded():

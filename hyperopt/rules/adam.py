@@ -1,5 +1,6 @@
 """Adam and AdamW."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, Variant, hyper, root, square
+from ..rule import Kernel, Rule, State, Values, Variant, hyper, root, square
+
+_fused = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,18 @@ class Adam(Rule):
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         eps = h.eps * h.one_minus_power("beta2", t).sqrt() if self.bias_correction else h.eps
         return root(state["v_max" if self.amsgrad else "v"]) + eps
+
+    def kernel(self, h: Mapping[str, float]) -> Kernel | None:
+        coupled = self.weight_decay != 0 and not self.decoupled
+        if coupled or self.amsgrad or not self.bias_correction or self.beta1 == 0 or not h["eps"]:
+            return None  # with eps = 0, torch's 0/0 is NaN and `root` makes it 0
+        options = {"beta1": h["beta1"], "beta2": h["beta2"], "eps": h["eps"], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+
+        def adam(move: Tensor, g: Tensor, state: State, t: Tensor, skip: Tensor) -> None:
+            _fused([move], [g], [state["m"]], [state["v"]], [], [t.float()], lr=1.0, **options, found_inf=skip.float())
+            state["v"].clamp_max_(torch.finfo(g.dtype).max)  # as `square` does
+
+        return adam
 
     def linear_in_lr(self) -> bool:
         return self.decoupled or self.weight_decay == 0
