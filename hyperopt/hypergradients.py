@@ -190,7 +190,7 @@ def direction(node: "Optimizable", part: "Part", raw: Raw) -> tuple[Tensor, Stat
     else:
         move, state = node.rule.update(torch.zeros_like(part.t), part.gradient(), part.state, h, part.t)
     shrink = node.rule.shrink(h)
-    return (move if isinstance(shrink, float) else torch.addcmul(move, part.x, shrink.sub(1))), state
+    return (torch.addcmul(move, part.x, shrink - 1) if isinstance(shrink, Tensor) else move), state
 
 
 def _ends(node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
