@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .rule import Rule, State
 
-# Elements from which on a tensor is stepped where it is: gathering costs more than one more round of kernels then. Fused, a round
-# is cheap, and half of what one core has gathered has to travel to the other.
+# Elements from which on a tensor is stepped where it is: gathering costs more than one more round of kernels then. A few rounds
+# that are fused are cheap, and half of what one core has gathered has to travel to the other.
 LARGE, LARGE_FUSED = 2**18, 2**16
 BLOCK = 2**18  # elements that are stepped at once, so that what is made on the way stays in the cache
 

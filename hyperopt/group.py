@@ -283,10 +283,11 @@ class Group:
     def _parts(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Parameters that can be stepped as one: of one device, dtype and step count, with the same things kept for each."""
         parts: dict[Any, list[Tensor]] = {}
+        few = self._compiled and sum(p.numel() >= LARGE_FUSED for p in params) < WHOLE
         for p in params:
             record = self.state[p]
             key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
-            if p.numel() >= (LARGE_FUSED if self._compiled else LARGE) or not self.rule.elementwise:
+            if p.numel() >= (LARGE_FUSED if few else LARGE) or not self.rule.elementwise:
                 key = (*key, p)
             part = parts.setdefault(key, [])
             if sum(q.numel() for q in part) + p.numel() > CAPACITY:
