@@ -290,7 +290,7 @@ class Group:
             if p.numel() >= (LARGE_FUSED if few else LARGE) or not self.rule.elementwise:
                 key = (*key, p)
             part = parts.setdefault(key, [])
-            if sum(q.numel() for q in part) + p.numel() > CAPACITY:
+            if part and sum(q.numel() for q in part) + p.numel() > CAPACITY:
                 yield parts.pop(key)
                 part = parts.setdefault(key, [])
             part.append(p)

@@ -191,6 +191,18 @@ def test_block_by_block(text, direct, monkeypatch):
     assert_equal(at_once, blocks, torch.float32)
 
 
+@pytest.mark.parametrize("large", [10, 1000])
+def test_parameters_of_more_elements_than_are_gathered(large, monkeypatch):
+    reference = bound("Adam / Adam", compile=False)
+    train(10, reference)
+    monkeypatch.setattr("hyperopt.group.CAPACITY", 20)
+    monkeypatch.setattr("hyperopt.group.LARGE", large)
+    other = bound("Adam / Adam", compile=False)
+    train(10, other)
+    assert [[t.numel() for t in chunk.tensors] for chunk in other[1]._groups()[0].chunks] in ([[35], [7], [21]], [[35], [21], [7]])
+    assert_equal(reference, other, torch.float32)
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("text", ["Adam / Adam", "Adam(trust=None) / Adam", "AdamW / Adam", "Adam"])
 def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
