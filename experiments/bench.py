@@ -5,16 +5,16 @@
 
 Every optimizer takes one block of steps in turn, over and over; the median over blocks is reported with the fastest and the slowest,
 and as a ratio to torch.optim.Adam(fused=True) in the same turns. From 10 million parameters on, two optimizers at a time, one of them
-that reference. Memory and compilation are measured in processes of their own. Each part is written to bench.json as soon as it is done,
+that reference. Compilation is measured in processes of their own. Each part is written to bench.json as soon as it is done,
 `--only` does some of them again; bench.md is the table and bench.png the figure, in experiments/results.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -222,11 +222,23 @@ def _environment(cache: str) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
 
 
-def peak(name: str, count: int, device: str) -> float:
-    """The most memory, in bytes, that a process has had during a few optimizer steps on `count` tensors of 500,000."""
-    step = step_alone(name, count, 500_000, device)
-    timed(step, 8, device)
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak(name: str, device: str) -> float:
+    """The most memory that an optimizer had at once, from its making through eight steps, in copies of the 10 million weights."""
+    torch.manual_seed(0)
+    model = Tensors(20, 500_000).to(device)
+    for w in model.weights:
+        w.grad = 0.01 * torch.randn_like(w)
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        timed(optimizer(name, model.parameters()).step, 8, device)
+        return (torch.cuda.max_memory_allocated() - before) / 4e7
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        timed(optimizer(name, model.parameters()).step, 8, device)
+    found: Any = profile.profiler  # every allocation and release of a CPU tensor is an event there
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0) / 4e7
 
 
 def first_steps(name: str, sizes: list[int], device: str) -> float:
@@ -278,11 +290,8 @@ def part_heights(device: str, blocks: int, seconds: float) -> dict[str, Any]:
 
 
 def part_memory(device: str, *_: Any) -> dict[str, Any]:
-    """(d) Peak memory beyond that of torch's Adam, in copies of the model: from two sizes, so that what is constant cancels."""
-    copies = {}
-    for name in tqdm([n for n in EVERYTHING if n != "gdtuo"], desc="memory", unit="optimizer"):
-        small, large = (alone(peak, name, count, device) for count in (20, 60))
-        copies[name] = (large - small) / (40 * 500_000 * 4)
+    """(d) Peak memory."""
+    copies = {name: peak(name, device) for name in tqdm([n for n in EVERYTHING if n != "gdtuo"], desc="memory", unit="optimizer")}
     return {name: {"copies": value, "more than Adam": value - copies[REFERENCE]} for name, value in copies.items()}
 
 
@@ -333,7 +342,10 @@ def table(result: dict[str, Any]) -> str:
         }
         ratios("Training step of the MLP, all-Adam towers", columns, [f"height {h}" for h in HEIGHTS])
     if "memory" in result:
-        lines += ["| memory | copies of the model, weights and gradients included | more than Adam |", "| --- | --- | --- |"]
+        lines += [
+            "| peak memory, 10 M parameters | copies of the model, beside weights and gradients | more than torch's Adam |",
+            "| --- | --- | --- |",
+        ]
         lines += [f"| {name} | {row['copies']:.2f} | {row['more than Adam']:.2f} |" for name, row in result["memory"].items()] + [""]
     if "compile" in result:
         lines += ["| first six steps, s | eager | compiled, cache empty |", "| --- | --- | --- |"]

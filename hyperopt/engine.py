@@ -13,12 +13,14 @@ from .rule import Rule, State
 
 # Elements from which on a tensor is stepped where it is: gathering costs more than one more round of kernels then. A few rounds
 # that are fused are cheap, and half of what one core has gathered has to travel to the other.
-LARGE, LARGE_FUSED = 2**18, 2**16
+LARGE, LARGE_FUSED = 2**17, 2**16
 BLOCK = 2**18  # elements that are stepped at once, so that what is made on the way stays in the cache
 
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 Record = MutableMapping[str, Tensor]
+
+Scratch = dict[tuple[torch.dtype, torch.device], Tensor]
 
 _serials = itertools.count()
 
@@ -51,7 +53,8 @@ class Chunk:
         self.serial = next(_serials)
         # A chunk that is split is stepped block by block, where it may be; what is made of a lean one on the way is not kept.
         self.separable = self.split = False
-        self._scratch: Tensor | None = None
+        self.lasting: Scratch = {}
+        self.shared: Scratch = {}
         like = self.tensors[0]
         self.numel = sum(t.numel() for t in self.tensors)
         self.lean = self.numel >= BLOCK
@@ -192,12 +195,14 @@ class Chunk:
         return x.shape, x.stride(), x.dtype, x.device, tuple(self.state), kept, tuple(self.positions), tuple(sorted(self.numbers))
 
     def scratch(self, like: Tensor, cut: slice | None, *, lasting: bool) -> Tensor:
-        """A buffer shaped like the chunk, or like a block of it, that only lasts for the block where not told otherwise."""
-        if self._scratch is None:
-            size = like.numel() if cut is None or lasting else BLOCK
-            self._scratch = torch.empty(self.numel if lasting else size, dtype=self.dtype, device=like.device)
-        start = cut.start if cut is not None and lasting else 0
-        return self._scratch[start : start + like.numel()].view(like.shape)
+        """A buffer shaped like the chunk or a block of it; one that need not last is shared by all chunks of a group."""
+        kept = self.lasting if lasting else self.shared
+        size = self.numel if lasting or cut is None else BLOCK
+        key = self.dtype, like.device
+        if key not in kept or kept[key].numel() < size:
+            kept[key] = torch.empty(size, dtype=self.dtype, device=like.device)
+        start = cut.start if lasting and cut is not None else 0
+        return kept[key][start : start + like.numel()].view(like.shape)
 
     def _cuts(self, x: Tensor, g: Tensor) -> list[slice] | None:
         if not self.split or self.numel <= BLOCK or not x.is_contiguous() or not g.is_contiguous():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import guards, text, tree
 from .domains import complement
-from .engine import BLOCK, LARGE, LARGE_FUSED, Chunk, Compiled, Record
+from .engine import BLOCK, LARGE, LARGE_FUSED, Chunk, Compiled, Record, Scratch
 from .hypergradients import Graph, Raw, combine, look
 from .optimizable import call
 from .rule import check
@@ -50,6 +50,7 @@ class Group:
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
         self._compiled = Compiled() if compile and spec.strategy != "graph" else None
+        self._scratch: Scratch = {}
         self._steady: dict[Any, int] = {}  # kinds of steps that add no tangents where there are this many
         self._build()
 
@@ -72,8 +73,8 @@ class Group:
         self.rule = tree.with_zeros(self.spec.rule, self.zeros)
         self.nodes = tree.grow(self.spec, self.rule, self.live, self.tower["nodes"])
         self.root = self.nodes["0"]
-        if self.watched - {"lr"}:
-            self.root.kernel = None  # as in `_notice`, so that training goes on bit for bit
+        if self._compiled or self.watched - {"lr"}:
+            self.root.kernel = None  # as in `_notice`, so that training goes on bit for bit; fused, no eager step needs its buffer
         for node in self.nodes.values():
             node.resets = self.tower["skipped"][1]
         kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
@@ -97,6 +98,7 @@ class Group:
 
     def _chunk(self, params: list[Tensor]) -> Chunk:
         chunk = Chunk(params, [self.state[p] for p in params], self.rule, self._spread(params))
+        chunk.shared = self._scratch
         chunk.separable = chunk.split = self.rule.elementwise and self.root.separable()
         return chunk
 
