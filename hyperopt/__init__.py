@@ -29,6 +29,7 @@ from .rules import (
     Unified,
     Yogi,
 )
+from .schedule import Replay
 from .tower import Hyper
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "RMSprop",
     "Real",
     "Recorder",
+    "Replay",
     "Rule",
     "ScheduleFree",
     "Unified",

@@ -1,0 +1,147 @@
+"""Replay of what was learned on an ordinary optimizer of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .record import Recorder, read_csv
+
+
+class Replay:
+    """Gives an ordinary optimizer, step by step, the hyperparameters that level 0 of a tower had.
+
+    Used like a scheduler of torch: the values of the first step are in place once it is made, those of the next step after each
+    `step()`. Between two recorded steps values are interpolated linearly, before the first and after the last they stay.
+
+    Args:
+        optimizer: what to give them to; from torch.optim, or any that reads its `param_groups`.
+        source: a `Recorder`, the path of the CSV that it wrote, or a mapping from names ("0.lr" or "lr"; "lr[1]" for parameter group
+            1 alone) to one value per step, with "step" beside them where steps are left out. Only level 0 is replayed. What was
+            recorded as a mean, of a tower with values per tensor, is replayed as that mean.
+        names: only these hyperparameters, such as ("lr",); all that were recorded where it is left out.
+
+    Raises:
+        ValueError: nothing was recorded, a name that was not recorded or that the optimizer does not have, a parameter group that it
+            does not have, values that are not finite, steps that do not increase.
+        TypeError: no optimizer of torch, a source that is none of the three.
+
+    >>> import torch
+    >>> from hyperopt import Replay
+    >>> w = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = torch.optim.Adam([w])
+    >>> schedule = Replay(optimizer, {"lr": [0.1, 0.2], "beta1": [0.9, 0.8]})
+    >>> for _ in range(2):
+    ...     w.grad = w.detach()
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]
+    (0.2, (0.8, 0.999))
+    """
+
+    def __init__(self, optimizer: Optimizer, source: Recorder | str | Path | Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"a Replay needs an optimizer of torch, got {type(optimizer).__name__}: give torch.optim.Adam(…), say")
+        self.optimizer = optimizer
+        self._steps, columns = _read(source)
+        wanted = {names} if isinstance(names, str) else None if names is None else set(names)
+        absent = (wanted or set()) - {name.partition("[")[0] for name in columns}
+        if absent or not columns or not len(self._steps):
+            recorded = ", ".join(columns) or "nothing of level 0"
+            raise ValueError(f"{', '.join(sorted(absent)) or 'a schedule'} cannot be replayed: {recorded} was recorded")
+        if (np.diff(self._steps) <= 0).any():
+            raise ValueError("the steps of a schedule must increase, as those of a Recorder do")
+        self._columns: list[tuple[dict[str, Any], str, np.ndarray]] = []
+        for label, column in columns.items():
+            name, _, group = label.removesuffix("]").partition("[")
+            if wanted is None or name in wanted:
+                self._columns += [(group, name, self._checked(label, column)) for group in self._groups(label, name, group)]
+        self.last_step = 0
+        self._apply()
+
+    def step(self) -> None:
+        """Put the values of the next step in place; call it after `optimizer.step()`."""
+        self.last_step += 1
+        self._apply()
+
+    def get_last_lr(self) -> list[float]:
+        """The lr of each parameter group, as it is now."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps that were taken; the schedule itself belongs to the constructor."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; load the optimizer's own before.
+
+        Raises:
+            ValueError: not the state of a Replay.
+        """
+        step = state_dict.get("last_step")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"this is not the state of a Replay: it has {', '.join(state_dict) or 'no entries'}, and needs last_step")
+        self.last_step = step
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, name, column in self._columns:
+            value = float(np.interp(self.last_step + 1, self._steps, column))
+            if isinstance(group.get(name), Tensor):
+                group[name].fill_(value)  # in place, as torch's schedulers do: a captured or compiled step reads this very tensor
+            elif name in group:
+                group[name] = value
+            else:
+                betas = list(group["betas"])
+                betas[int(name[-1]) - 1] = value
+                group["betas"] = tuple(betas)
+
+    def _groups(self, label: str, name: str, group: str) -> list[dict[str, Any]]:
+        """The parameter groups that a column is for."""
+        groups = self.optimizer.param_groups
+        if group and not (group.isdecimal() and int(group) < len(groups)):
+            raise ValueError(f"{label} was recorded, and {type(self.optimizer).__name__} has {len(groups)} parameter groups")
+        chosen = [groups[int(group)]] if group else groups
+        for each in chosen:
+            betas = [f"beta{i + 1}" for i in range(len(each.get("betas", ())))]
+            if name not in each and name not in betas:
+                has = ", ".join(key for key in (*each, *betas) if key not in ("params", "param_names", "betas"))
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} has no hyperparameter {name!r}: it has {has}; leave {name!r} out of names"
+                )
+        return chosen
+
+    def _checked(self, label: str, column: np.ndarray) -> np.ndarray:
+        if column.shape != self._steps.shape or not np.isfinite(column).all():
+            raise ValueError(f"{label} needs one finite number for each of {len(self._steps)} steps, got {column!r}")
+        return column
+
+
+def _read(source: Recorder | str | Path | Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The steps, and the columns of level 0 by name."""
+    if isinstance(source, Recorder):
+        columns: dict[str, Any] = {"step": source.steps, **source.values}
+    elif isinstance(source, (str, Path)):
+        columns = read_csv(source)
+    elif isinstance(source, Mapping):
+        columns = dict(source)
+    else:
+        raise TypeError(f"a schedule is read from a Recorder, the path of its CSV or a mapping, got {type(source).__name__}")
+    arrays = {name: np.atleast_1d(np.asarray(column, dtype=np.float64)) for name, column in columns.items() if "/" not in name}
+    steps = arrays.pop("step", None)
+    level0 = {name.removeprefix("0."): column for name, column in arrays.items() if name.startswith("0.") or "." not in name}
+    if steps is None:
+        steps = np.arange(1, 1 + max(map(len, level0.values()), default=0), dtype=np.float64)
+    return steps, {name: _decimal(column) for name, column in level0.items()}
+
+
+def _decimal(column: np.ndarray) -> np.ndarray:
+    """Of float32 the decimal that was meant, .999 and not .99900001: an optimizer of torch takes 1 − beta2 of it."""
+    with np.errstate(over="ignore"):
+        single = column.astype(np.float32)
+    return np.array([float(str(value)) for value in single]) if (single == column).all() else column
