@@ -2,14 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_TOWER ?= Adam(lr=1e-6) / Adam
+EXPERIMENTS := mnist_table heights cifar char_rnn gpt exponent
+JOBS ?= 2
+# Not the results that are already there, which would be resumed: RESULTS=experiments/results fills in what is missing in these.
+RESULTS ?= runs/experiments
 # Idle threads that spin make a small model up to 100 times slower as soon as another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo experiments figures test lint clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # pip is the last thing that venv writes: an interrupted creation is taken up again.
 $(BIN)/pip:
@@ -26,6 +30,13 @@ $(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/pip
 
 demo: $(VENV)/.experiments  ## install, then train on digits from a far too small lr and watch it recover
 	$(BIN)/python -m experiments.mnist --tower "$(DEMO_TOWER)" --dataset digits --epochs 30 --out runs/demo
+
+# dev: the published code of the papers, and other people's optimizers, to compare with.
+experiments: $(VENV)/.dev  ## the papers' experiments from scratch into runs/experiments, about five hours on two cores; resumes
+	set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m experiments.$$name --jobs $(JOBS) --out $(RESULTS); done
+
+figures: $(VENV)/.dev  ## figures and tables of experiments/results again, from their JSON files alone
+	set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m experiments.$$name --figures; done
 
 test: $(VENV)/.dev  ## install everything, then run the tests
 	$(BIN)/python -m pytest

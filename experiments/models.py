@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu, scaled_dot_product_attention
@@ -59,10 +63,42 @@ def resnet(depth: int = 20, outputs: int = 10) -> nn.Sequential:
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         nn.Linear(64, outputs),
     )
+    return _initialised(model)
+
+
+def vgg16(outputs: int = 10) -> nn.Sequential:
+    """The convolutions of VGG-16 (Simonyan and Zisserman 2015, configuration D) with BatchNorm, from torchvision.
+
+    Of an image of 32×32 the last pooling leaves one pixel of 512 channels, which one linear layer reads.
+    """
+    from torchvision.models import vgg
+
+    return _initialised(nn.Sequential(vgg.make_layers(vgg.cfgs["D"], batch_norm=True), nn.Flatten(), nn.Linear(512, outputs)))
+
+
+def resnet18(outputs: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 (He et al. 2016) for 32×32: it begins with a 3×3 convolution without stride, and has no pooling after it."""
+    from torchvision import models
+
+    model: Any = models.resnet18(num_classes=outputs)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return _initialised(model)
+
+
+def _initialised(model: Any) -> Any:
+    """Convolutions as He et al. (2015) begin."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     return model
+
+
+# By their names, for 32×32 pixels in three colours.
+CIFAR: dict[str, Callable[[], nn.Module]] = {
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56)},
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+}
 
 
 class CharRNN(nn.Module):

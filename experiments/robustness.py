@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -33,16 +29,14 @@ import torch
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from experiments import data, provenance
+from experiments import data, provenance, study
 from experiments.workloads import WORKLOADS, Workload
-from hyperopt import Hyper, HyperOptimizer
+from hyperopt import Hyper
 
 Make = Callable[[nn.Module, float], list[Optimizer]]
 
@@ -125,48 +119,21 @@ class Run(NamedTuple):
         return f"{self.method} | {self.start:g} | {self.seed}" + (" | validation" if self.validation else "")
 
 
+def stepped(method: Method, lr: float, steps: int, model: nn.Module) -> list[Any]:
+    """The optimizers of a method and their schedulers."""
+    if isinstance(method.make, str):
+        return [Hyper.parse(method.make.format(lr=lr)).bind(model.parameters())]
+    optimizers = method.make(model, lr)
+    return [*optimizers, *(CosineAnnealingLR(optimizer, steps) for optimizer in optimizers if method.cosine)]
+
+
 def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
     """The metric at the end (None: not finite), the last training loss, the seconds and the lr that was learned."""
     method = METHODS.get(run.method) or Method(run.method)
-    model = workload.model(run.seed, device)
-    if isinstance(method.make, str):
-        optimizers: list[Optimizer] = [Hyper.parse(method.make.format(lr=run.start)).bind(model.parameters())]
-    else:
-        optimizers = method.make(model, run.start)
-    schedulers = [CosineAnnealingLR(optimizer, workload.steps) for optimizer in optimizers] if method.cosine else []
-    switched = [optimizer for optimizer in optimizers if isinstance(optimizer, schedulefree.AdamWScheduleFree)]
-    for optimizer in switched:
-        optimizer.train()
-    started, losses = time.perf_counter(), []
-    for x, y in workload.batches(run.seed, device, validation=run.validation):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = workload.loss(model, x, y)
-        loss.backward()
-        for stepped in (*optimizers, *schedulers):
-            stepped.step()
-        losses.append(loss.detach())
-        # A tower skips a gradient that is not finite and goes on; after fifty of them nothing will come any more.
-        if len(losses) % 50 == 0 and not torch.stack(losses[-50:]).isfinite().any():
-            break
-    last = losses[-1].item()
-    seconds = time.perf_counter() - started
-    towers = [optimizer for optimizer in optimizers if isinstance(optimizer, HyperOptimizer)]
-    with ExitStack() as stack:
-        for optimizer in towers:
-            stack.enter_context(optimizer.averaged())
-        for optimizer in switched:
-            optimizer.eval()
-        if workload.batch_norm and (switched or any(tower.tower.rule.average for tower in towers)):
-            update_bn(islice(workload.batches(run.seed, device, validation=run.validation), 50), model)
-        metric = workload.evaluate(model, run.validation)
-    return {
-        "metric": metric if math.isfinite(metric) and math.isfinite(last) else None,
-        "loss": last if math.isfinite(last) else None,
-        "steps": len(losses),
-        "seconds": round(seconds, 2),
-        **({"lr": towers[0].hyperparameters()["0.lr"].item()} if towers else {}),
-    }
+    make = partial(stepped, method, run.start, workload.steps)
+    found = study.train(workload, make, run.seed, validation=run.validation, device=device)
+    kept = {name: found[name] for name in ("metric", "loss", "steps", "seconds")}
+    return kept | ({"lr": found["courses"]["0.lr"][-1]} if isinstance(method.make, str) else {})
 
 
 def methods(workload: Workload) -> dict[str, Method]:
@@ -238,27 +205,6 @@ def bad_towers() -> Iterator[str]:
         for value in values:
             for text in BAD_TOWERS.values():
                 yield text.format(name=name, value=value)
-
-
-def execute(runs: list[Run], workload: Workload, device: str, jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Each run with its result, as they finish; each process has one thread."""
-    if jobs == 1:
-        for run in runs:
-            yield run, train(run, workload, device)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            waiting = {pool.submit(in_process, run, workload.name, workload.steps, device): run for run in runs}
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def in_process(run: Run, name: str, steps: int, device: str) -> dict[str, Any]:
-    """`train`, with what can be sent to a process."""
-    return train(run, replace(WORKLOADS[name], steps=steps), device)
 
 
 class Score(NamedTuple):
@@ -342,9 +288,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
         axes.set(
             xscale="log", yscale="log", xlabel="initial lr (Prodigy, D-Adapt: d0)" if axes is right else "initial lr", xlim=(5e-9, 2e2)
         )
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7), numticks=30))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        study.decimal_ticks(axes.yaxis)
         axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -363,13 +307,6 @@ def draw_line(axes: Axes, name: str, line: Line, top: float, color: str, width: 
     axes.fill_between(starts, [min(s.low, top) for s in scores], [min(s.high, top) for s in scores], alpha=0.2, color=color)
     if line.best:
         axes.plot([line.best[0]], [min(line.best[1].mean, top)], marker="*", markersize=11, color=color)
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """All at once: an interruption leaves the file as it was."""
-    new = path.with_suffix(".json.new")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(path)
 
 
 def main(
@@ -412,9 +349,10 @@ def main(
     commit = provenance.stamp()["commit"]
     while not figures and (missing := plan(chosen, result["runs"], full, method or (), validation)):
         try:
-            for run, found in tqdm(execute(missing, chosen, device, jobs), total=len(missing), unit="run"):
-                result["runs"][run.key] = {**found, "device": device, "commit": commit}
-                write(result, path)
+            tasks = {run.key: partial(train, run, chosen, device) for run in missing}
+            for key, found in tqdm(study.execute(tasks, jobs), total=len(tasks), unit="run"):
+                result["runs"][key] = {**found, "device": device, "commit": commit}
+                study.write(result, path, indent=1)
         except data.DataNotFoundError as error:
             raise typer.BadParameter(str(error), param_hint="--workload") from error
     text = table(result, chosen)

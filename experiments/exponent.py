@@ -1,0 +1,199 @@
+"""The exponent family on CIFAR-10: which eta in v = mean |g|^eta, m / v^(1/eta)? Held at six values, and learned from each of them.
+
+    python -m experiments.exponent --jobs 2       estimate: 38 minutes on two cores; resumes where it was stopped
+    python -m experiments.exponent --figures      the table and the figure from the results that are there
+
+A thesis on adaptive learning rates trains ResNet-44 with lr 1e-3, beta1 1e-3 (hardly any momentum) and eta ∈ {1/3, 1/2, 1, 2, 3, 4}, with
+and without the running maximum of v (eta = 2: AMSGrad, Adam), finds some eta ≠ 2 better, and leaves open how to choose eta. It has no
+number to compare with here. Protocol: batch 128, images mirrored and moved by up to 4 pixels; on two cores ResNet-20, the first 20,000
+training and 4,000 test images, one epoch and 2 seeds. Within a seed every run has the same initial weights and the same batches.
+
+- held: lr 1e-3 and eta held, as the thesis has them.
+- eta: eta learned by Adam from each of the six, lr held at 1e-3.
+- lr: lr learned by Adam, eta held; without the running maximum only.
+- both: lr and eta learned by Adam; without the running maximum only. The schedule of the first seed is replayed with nothing learned, on
+  the rule of this library, as torch.optim has none with eta.
+
+As the thesis has it: python -m experiments.exponent --model resnet44 --images 50000 --epochs 200 --device cuda
+Apart from what is named, nothing but defaults of this library. Beside them torch.optim.Adam (lr 1e-3, its own betas) and the recommended
+tower, ScheduleFree(Adam) / Adam.
+
+Writes exponent_<model>.json (every run), .md and .png to experiments/results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import models, study
+from experiments.workloads import Workload, cifar10
+from hyperopt import Adam, Exponent, Hyper
+
+ETAS = {"1/3": 1 / 3, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "3": 3.0, "4": 4.0}
+MAXIMA = {False: "without the running max", True: "with the running max"}
+
+
+def held(eta: float, running_max: bool, **options: Any) -> Hyper:
+    """The thesis's setting, and what every run starts from."""
+    return Hyper(Exponent, lr=1e-3, beta1=1e-3, eta=eta, running_max=running_max, **options)
+
+
+METHODS = {
+    "held": study.Method("eta and lr held", held, "C7"),
+    "eta": study.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta").stack(Adam), "C0"),
+    "lr": study.Method("lr learned", lambda eta, maximum: held(eta, maximum).stack(Adam), "C1", "--"),
+    "both": study.Method("lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta")).stack(Adam), "C2", "-."),
+}
+REFERENCES: dict[str, Any] = {
+    "torch.optim.Adam": partial(study.reference, Hyper(Adam, lr=1e-3), None),
+    "ScheduleFree(Adam) / Adam": "ScheduleFree(Adam) / Adam",
+}
+
+
+def methods(maximum: bool) -> tuple[str, ...]:
+    """Those that are run with or without the running maximum."""
+    return ("held", "eta") if maximum else tuple(METHODS)
+
+
+def name(method: str, eta: str, maximum: bool) -> str:
+    """Of a cell in the result file."""
+    return f"{method} | eta {eta}{', running max' if maximum else ''}"
+
+
+def cells() -> Iterator[tuple[str, str, bool]]:
+    """The grid."""
+    yield from ((method, eta, maximum) for maximum in MAXIMA for method in methods(maximum) for eta in ETAS)
+
+
+def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every run."""
+    grid = {name(m, eta, maximum): METHODS[m].make(ETAS[eta], maximum) for m, eta, maximum in cells()}
+    return study.tasks(workload, REFERENCES | grid, seeds, log, {name("both", eta, False) for eta in ETAS}, **options)
+
+
+def errors(store: study.Store, method: str, eta: str, maximum: bool) -> list[float]:
+    """Of the seeds, infinite where a run diverged."""
+    return study.metrics(store.seeds(name(method, eta, maximum)))
+
+
+def table(store: study.Store) -> str:
+    """Markdown: a line for each eta, without and with the running maximum; then the answer."""
+    protocol = store.result["protocol"]
+    head = ["eta", *(method.label for method in METHODS.values()), "both, first seed → replayed"]
+    head += ["eta learned: eta at the end", "lr learned: lr", "both: lr, eta"]
+    parts = [f"{protocol['title']}; test error in %, mean ± sd of {protocol['seeds']} seeds.\n"]
+    for maximum, title in MAXIMA.items():
+        rows = []
+        for eta in ETAS:
+            runs = {m: store.seeds(name(m, eta, maximum)) for m in METHODS}
+            measured = [study.mean_sd(study.metrics(runs[m])) if m in methods(maximum) else "" for m in METHODS]
+            # lr stands in every record, and moves where it is learned.
+            ends = [study.ends(runs[m], learned) for m, learned in (("eta", ["eta"]), ("lr", ["lr"]), ("both", ["lr", "eta"]))]
+            rows.append([eta, *measured, "" if maximum else study.replay(runs["both"]), *ends])
+        parts += [f"{title.capitalize()}:\n", study.table(head, rows)]
+    beside = "; ".join(f"{label} {study.mean_sd(study.metrics(store.seeds(label)))}" for label in REFERENCES)
+    return "\n".join([*parts, f"Beside them: {beside}.\n", *answer(store)])
+
+
+def answer(store: study.Store) -> list[str]:
+    """How to choose eta, from the runs without the running maximum; nothing where one is missing."""
+    means = {m: {eta: float(np.mean(errors(store, m, eta, False) or [np.nan])) for eta in ETAS} for m in METHODS}
+    if any(np.isnan(value) for found in means.values() for value in found.values()):
+        return []
+    lines = ["How to choose eta, by what was measured without the running max, from the best to the worst of the six:\n"]
+    worst = {}
+    for m, found in means.items():
+        low, worst[m] = min(found, key=found.__getitem__), max(found.values())
+        high = max(found, key=found.__getitem__)
+        ends = [run["courses"]["0.eta"][-1] for eta in ETAS for run in store.seeds(name(m, eta, False)) if "0.eta" in run["courses"]]
+        moved = f"; eta ends between {min(ends):.2g} and {max(ends):.2g}" if ends else ""
+        lines.append(f"- {METHODS[m].label}: {found[low]:.2f} % (from {low}) to {found[high]:.2f} % (from {high}){moved}.")
+    safest = min(worst, key=worst.__getitem__)
+    best = min(means["held"], key=means["held"].__getitem__)
+    lines.append(
+        f"\nWho does not want to try them all does best with {METHODS[safest].label}: at most {worst[safest]:.2f} % whatever eta is at "
+        f"first. Trying all six, with lr held, finds eta = {best} and {means['held'][best]:.2f} %.\n"
+    )
+    return lines
+
+
+def draw(store: study.Store, path: Path) -> None:
+    """Errors against eta, and the learned etas, without and with the running maximum; the learned lr."""
+    protocol = store.result["protocol"]
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for row, (maximum, title) in zip(panels, MAXIMA.items(), strict=True):
+        _errors(row[0], store, maximum, title)
+        _learned(row[1], store, "eta", "eta", maximum, f"learned eta, lr held, {title}")
+    panels[1, 0].sharey(panels[0, 0])
+    _learned(panels[0, 2], store, "both", "eta", False, "learned eta, lr learned too, without the running max")
+    _learned(panels[1, 2], store, "both", "lr", False, "learned lr, eta learned too, without the running max")
+    figure.suptitle(f"The exponent family. {protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
+    figure.supxlabel(store.caption(), fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def _errors(axes: Axes, store: study.Store, maximum: bool, title: str) -> None:
+    for m in methods(maximum):
+        study.against(axes, {value: store.seeds(name(m, eta, maximum)) for eta, value in ETAS.items()}, top=100, **METHODS[m].look)
+    for label, style in zip(REFERENCES, (":", "-."), strict=True):
+        if beside := study.metrics(store.seeds(label)):
+            axes.axhline(min(float(np.mean(beside)), 100), color="black", linestyle=style, linewidth=1, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="eta at first", ylabel="test error, % (100: diverged)", title=title)
+    axes.set_xticks(list(ETAS.values()), list(ETAS))
+    axes.minorticks_off()
+    study.decimal_ticks(axes.yaxis)
+    study.finish(axes)
+
+
+def _learned(axes: Axes, store: study.Store, method: str, what: str, maximum: bool, title: str) -> None:
+    for eta in ETAS:
+        lines = study.courses(store.seeds(name(method, eta, maximum)), f"0.{what}")
+        study.band(axes, lines, linewidth=1.2, label=f"from eta {eta}")
+    axes.set(yscale="log", xlabel="step", ylabel=what, title=title)
+    axes.title.set_fontsize(10)
+    if what == "eta":
+        study.decimal_ticks(axes.yaxis)
+    study.finish(axes)
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"one of {', '.join(models.CIFAR)}")] = "resnet20",
+    images: Annotated[int, typer.Option(min=5, help="to train on, of 50,000; a fifth as many are tested on")] = 20_000,
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    steps: study.Steps = None,
+    jobs: study.Jobs = 1,
+    device: study.Device = "cpu",
+    again: study.Again = None,
+    out: study.Out = Path("experiments/results"),
+    log: study.Log = Path("runs/exponent"),
+    figures: study.Figures = False,
+) -> None:
+    """Run what is missing, print the table and draw the figure."""
+    if model not in models.CIFAR:
+        raise typer.BadParameter(f"{model!r} is none of {', '.join(models.CIFAR)}", param_hint="--model")
+    torch.set_num_threads(1)
+    workload = cifar10(model, images, epochs, steps)
+    store = study.Store(out / f"exponent_{model}.json", title=workload.title, steps=workload.steps, seeds=seeds, device=device)
+    store.forget(again or ())
+    if not figures:
+        store.complete(plan(workload, seeds, log / model, evaluations=max(1, epochs // 10), device=device), jobs)
+    study.publish(store, table(store), draw)
+
+
+# Plain click messages: an unknown model is one line, not a box.
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

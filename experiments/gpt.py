@@ -1,0 +1,195 @@
+"""AdamW on a small GPT, its hyperparameters held and learned, against AdamW with warm-up and cosine at its best learning rate.
+
+    python -m experiments.gpt --jobs 2                                estimate: 25 minutes on two cores; resumes where it was stopped
+    python -m experiments.gpt --steps 5000 --batch 64 --device cuda   longer, on a GPU
+    python -m experiments.gpt --figures                               the table and the figure from the results that are there
+
+Protocol: tinyshakespeare, 4 layers of width 128 with 4 heads, batches of 16 sequences of 128 characters from random positions of the first
+nine tenths, 500 steps, 2 seeds; validation loss in nats per character over the last tenth, 256 blocks of 128. Within a seed every run
+has the same initial weights and the same batches. Everything else is AdamW's default: betas .9 and .999, eps 1e-8, weight decay .01.
+
+- cosine: torch.optim.AdamW, warm-up over the first tenth of the steps, then down to 0 along a cosine (OneCycleLR), from a peak lr of
+  3e-4 to 3e-2; the best of them on the data that it is measured on, which favours it.
+
+From an initial lr of 1e-5, 1e-3 and 1e-1:
+
+- held: torch.optim.AdamW.
+- paper: lr learned as it is and both betas, by SGD, horizon 1, no trust, with the step sizes of the paper's char-RNN.
+- defaults: lr alone learned by Adam, nothing but defaults of this library.
+- all: lr, both betas, eps and weight decay learned by Adam, nothing but defaults otherwise.
+- averaged: the recommended tower, ScheduleFree(Adam) / Adam.
+
+The schedules that the first seed of defaults and all learned are replayed on torch.optim.
+
+Writes gpt.json (every run), .md and .png to experiments/results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch.optim.lr_scheduler import OneCycleLR
+
+from experiments import study
+from experiments.char_rnn import paper
+from experiments.workloads import WORKLOADS, Workload
+from hyperopt import Adam, AdamW, Hyper, ScheduleFree
+
+STARTS, PEAKS = (1e-5, 1e-3, 1e-1), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNED = ("lr", "beta1", "beta2", "eps", "weight_decay")
+
+
+def cosine(peak: float, steps: int) -> Any:
+    """AdamW with warm-up and cosine."""
+    schedule = partial(OneCycleLR, max_lr=peak, total_steps=max(2, steps), pct_start=0.1, cycle_momentum=False)
+    return partial(study.reference, Hyper(AdamW, lr=peak), schedule)
+
+
+METHODS = {
+    "cosine": study.Method("torch.optim.AdamW, warm-up and cosine", cosine, "black", ":"),
+    "held": study.Method("torch.optim.AdamW, held", lambda lr, _: partial(study.reference, Hyper(AdamW, lr=lr), None), "C7"),
+    "paper": study.Method("the paper's settings", lambda lr, _: paper(AdamW, lr), "C0", "--"),
+    "defaults": study.Method("our defaults: AdamW / Adam", lambda lr, _: Hyper(AdamW, lr=lr).stack(Adam), "C1"),
+    "all": study.Method("lr, betas, eps, weight decay", lambda lr, _: Hyper(AdamW, lr=lr, learn=LEARNED).stack(Adam), "C3", "-."),
+    "averaged": study.Method("ScheduleFree(Adam) / Adam", lambda lr, _: Hyper(ScheduleFree(Adam), lr=lr).stack(Adam), "C2", "-."),
+}
+
+
+def starts(method: str) -> tuple[float, ...]:
+    """The initial learning rates of a method; of cosine its peaks."""
+    return PEAKS if method == "cosine" else STARTS
+
+
+def name(method: str, lr: float) -> str:
+    """Of a cell in the result file."""
+    return f"{method} | {lr:g}"
+
+
+def cells() -> Iterator[tuple[str, float]]:
+    """Every method from each of its starts."""
+    yield from ((method, lr) for method in METHODS for lr in starts(method))
+
+
+def workload(steps: int, batch: int) -> Workload:
+    """The GPT on tinyshakespeare."""
+    title = f"tinyshakespeare, GPT 4×128, batch {batch}×128, {steps:,} steps"
+    return replace(WORKLOADS["gpt"], title=title, steps=steps, batch=batch, blocks=(256, 128))
+
+
+def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every run."""
+    grid = {name(m, lr): METHODS[m].make(lr, workload.steps) for m, lr in cells()}
+    return study.tasks(workload, grid, seeds, log, {name(m, lr) for m, lr in cells() if m in ("defaults", "all")}, **options)
+
+
+def best(store: study.Store) -> float:
+    """The peak at which AdamW with warm-up and cosine is best."""
+    found = {lr: study.metrics(store.seeds(name("cosine", lr))) for lr in PEAKS}
+    return min((lr for lr in PEAKS if found[lr]), key=lambda lr: float(np.mean(found[lr])), default=PEAKS[0])
+
+
+def table(store: study.Store) -> str:
+    """Markdown: a line for each initial learning rate, and AdamW with warm-up and cosine."""
+    protocol = store.result["protocol"]
+    (_, (cosine, *_)), *others = METHODS.items()
+    head = ["validation loss from lr", *(method.label for _, method in others), "AdamW / Adam, first seed → replayed"]
+    head += ["all, first seed → replayed", "AdamW / Adam: lr at the end", f"all: {', '.join(LEARNED)} at the end"]
+    rows = []
+    for lr in STARTS:
+        cells = [study.mean_sd(study.metrics(store.seeds(name(m, lr)))) for m, _ in others]
+        learned = [store.seeds(name(m, lr)) for m in ("defaults", "all")]
+        rows.append([f"{lr:g}", *cells, *map(study.replay, learned), *map(study.ends, learned)])
+    tuned = [[f"{lr:g}", study.mean_sd(study.metrics(store.seeds(name("cosine", lr))))] for lr in PEAKS]
+    measured = {method.label: [study.metrics(store.seeds(name(m, lr))) for lr in STARTS] for m, method in others}
+    first, second, *ours = measured
+    target = f"{cosine}, at its best lr {best(store):g}"
+    measured[target] = [study.metrics(store.seeds(name("cosine", best(store))))] * len(STARTS)
+    return (
+        f"{protocol['title']}; nats per character, mean ± sd of {protocol['seeds']} seeds.\n\n{study.table(head, rows)}\n"
+        f"{study.table(['from a peak lr of', cosine], tuned)}\n{study.compare(measured, ours, (first, second, target))}"
+    )
+
+
+def draw(store: study.Store, path: Path) -> None:
+    """Loss against lr and against the step, the learned lr beside the cosine, and everything else that was learned."""
+    protocol = store.result["protocol"]
+    figure = Figure(figsize=(15, 10), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for m, method in METHODS.items():
+        study.against(panels[0, 0], {lr: store.seeds(name(m, lr)) for lr in starts(m)}, top=WORKLOADS["gpt"].guess, **method.look)
+        at = best(store) if m == "cosine" else 1e-3
+        curves = [(run["curve"]["step"], run["curve"]["metric"]) for run in store.seeds(name(m, at))]
+        look: dict[str, Any] = {**method.look, "label": f"{method.label}, from {at:g}"}
+        study.band(panels[0, 1], curves, marker=".", **look)
+    ylabel = "validation loss, nats per character"
+    panels[0, 0].set(xscale="log", xlabel="initial lr; of the cosine its peak", ylabel=ylabel, title="after the last step (top: diverged)")
+    panels[0, 1].set(xlabel="step", ylabel=ylabel, title="loss against the step")
+    _rates(panels[1, 0], store)
+    _others(panels[1, 1], store)
+    for axes in panels.flat:
+        study.finish(axes)
+    figure.suptitle(f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
+    figure.supxlabel(store.caption(), fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def _rates(axes: Axes, store: study.Store) -> None:
+    for color, lr in enumerate(STARTS):
+        for m, style in ("paper", "--"), ("defaults", "-"), ("all", ":"), ("averaged", "-."):
+            lines = study.courses(store.seeds(name(m, lr)), "0.lr")
+            study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"{m}, from {lr:g}")
+    lines = study.courses(store.seeds(name("cosine", best(store))), "0.lr")[:1]
+    study.band(axes, lines, color="black", linewidth=1.5, label=f"cosine, the best: {best(store):g}")
+    axes.set(yscale="log", xlabel="step", ylabel="lr", title="learned lr")
+
+
+def _others(axes: Axes, store: study.Store) -> None:
+    """By how much each value that was learned beside lr has moved; a decay by its distance from 1."""
+    for color, what in enumerate(LEARNED[1:]):
+        for style, lr in zip((":", "-", "--"), STARTS, strict=True):
+            beta = what.startswith("beta")
+            lines = [
+                (steps, [None if value is None else (1 - value) / (1 - column[0]) if beta else value / column[0] for value in column])
+                for steps, column in study.courses(store.seeds(name("all", lr)), f"0.{what}")
+                if column[0] is not None
+            ]
+            label = f"{'1 − ' if beta else ''}{what}, from lr {lr:g}"
+            study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=label)
+    axes.set(yscale="log", xlabel="step", ylabel="value / value of the first step", title="what is learned beside lr")
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="of each run")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="sequences of 128 characters")] = 16,
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    jobs: study.Jobs = 1,
+    device: study.Device = "cpu",
+    again: study.Again = None,
+    out: study.Out = Path("experiments/results"),
+    log: study.Log = Path("runs/gpt"),
+    figures: study.Figures = False,
+) -> None:
+    """Run what is missing, print the table and draw the figure."""
+    torch.set_num_threads(1)
+    chosen = workload(steps, batch)
+    store = study.Store(out / "gpt.json", title=chosen.title, seeds=seeds, device=device)
+    store.forget(again or ())
+    if not figures:
+        store.complete(plan(chosen, seeds, log, evaluations=5, device=device), jobs)
+    study.publish(store, table(store), draw)
+
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

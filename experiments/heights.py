@@ -1,0 +1,302 @@
+"""Towers of height 0 to 3 from initial learning rates of 1e-8 to 1e2: what each level takes off the sensitivity to the start, and costs.
+
+    python -m experiments.heights --jobs 2       estimate: 70 minutes on two cores; resumes where it was stopped
+    python -m experiments.heights --figures      the tables and the figure from the results that are there
+
+Three workloads, each with the base optimizer of the paper's experiments on it: the MLP of the paper on MNIST (SGD, 30 epochs as in the
+paper, two seeds), ResNet-20 on 20,000 images of CIFAR-10 (SGD, 120 steps of 128, one seed), the char-RNN on War and Peace (Adam, 400
+steps, one seed). The paper trains the last two for 200 epochs and 50,000 steps: --steps and --workload do so elsewhere. Every cell of
+the grid is run: 11 starts, 4 heights, and two kinds of towers.
+
+- paper: SGD on every level above, horizon 1, no trust, alpha learned as it is. On the MLP every level has the step size of level 0,
+  elsewhere the step sizes above are those that the paper gives: from alpha ≤ 1e-4 [alpha·1e2, alpha, alpha·1e-2], from alpha ≥ 1e-3
+  [alpha·1e-3, alpha·1e-4, 1e-8].
+- defaults: Adam on every level above, nothing but defaults.
+
+On the MLP the learned schedule of the first seed is replayed on torch.optim; schedules of the other two are replayed by cifar and
+char_rnn. Of the paper's figure the MLP's curves were read off; there are no numbers of the other two. In the end, with one process, the
+time of a step against height.
+
+Writes heights.json (every run), .md and .png to experiments/results.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import published, study
+from experiments.study import REPLAYED
+from experiments.workloads import WORKLOADS, Workload
+from hyperopt import SGD, Adam, Hyper, Real, Rule
+
+STARTS = [10.0**k for k in range(-8, 3)]
+HEIGHTS = range(4)
+KINDS = {"paper": "the paper's step sizes", "defaults": "our defaults"}
+# Read off the paper's figure, ±1, for the MLP: error % by height from each start; None where the figure shows nothing.
+PAPER: list[list[float | None]] = [
+    [89, 90, 87, 85, 36, 15, 9, None, 2.4, 3.2, None],
+    [78, 33, 16, 10.6, 8.3, 6.0, 4.1, None, 4, 6.5, 58],
+    [13.5, 10.4, 8.6, 7.4, 5.6, 4.2, 3.9, None, 4, 4, 59],
+    [10.2, 8.8, 7.7, 6.5, 5.1, 4.1, 3.9, None, 4, 3.8, 29],
+]
+# More time for three levels than for none, in the paper's figure, %.
+PAPER_TIME = {"mlp": 3.4, "resnet": 6.2, "rnn": 5.0}
+
+
+class Problem(NamedTuple):
+    """A workload, the rule at level 0, the seeds, and the steps that are timed."""
+
+    workload: Workload
+    rule: type[Rule]
+    seeds: int
+    timed: int
+
+
+PROBLEMS = {
+    "mlp": Problem(
+        replace(
+            WORKLOADS["m3"],
+            title="MNIST, MLP 784-128-10 with a tanh on the output, batch 256, 30 epochs",
+            make=published.mlp_tanh,
+            steps=30 * 235,
+        ),
+        SGD,
+        seeds=2,
+        timed=300,
+    ),
+    "resnet": Problem(
+        replace(WORKLOADS["c3"], title="CIFAR-10 (20,000 images), ResNet-20, batch 128, 120 steps", steps=120), SGD, seeds=1, timed=8
+    ),
+    "rnn": Problem(
+        replace(WORKLOADS["r12"], title="War and Peace, char-RNN 2×128, batch 32×64, 400 steps", steps=400), Adam, seeds=1, timed=40
+    ),
+}
+
+
+def tower(name: str, kind: str, height: int, start: float) -> Hyper:
+    """A tower of the grid."""
+    rule = PROBLEMS[name].rule
+    if kind == "defaults":
+        found = Hyper(rule, lr=start)
+        for _ in range(height):
+            found = found.stack(Adam)
+        return found
+    settings: dict[str, Any] = {"horizon": 1, "trust": None, "domains": {"lr": Real()}}
+    found = Hyper(rule, lr=start, **settings)
+    for step in steps_above(name, start)[:height]:
+        found = found.stack(SGD, lr=step, **settings)
+    return found
+
+
+def steps_above(name: str, start: float) -> list[float]:
+    """The paper's step sizes of the levels 1 to 3."""
+    if name == "mlp":
+        return [start] * 3
+    if start < 3e-4:
+        return [start * 1e2, start, start * 1e-2]
+    return [start * 1e-3, start * 1e-4, 1e-8]
+
+
+def label(name: str, kind: str, height: int, start: float) -> str:
+    """The name in the result file, before the seed; at height 0 the two kinds are one."""
+    return f"{name} | {kind if height else 'no tower'} | {height} | {start:g}"
+
+
+def problem(name: str, steps: int | None) -> Workload:
+    """The workload, with `steps` in place of its own."""
+    workload = PROBLEMS[name].workload
+    return replace(workload, steps=steps, title=f"{workload.title}, but {steps} steps") if steps else workload
+
+
+def plan(names: list[str], steps: int | None, device: str, log: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every run of the grid, of one workload after the other."""
+    return {
+        key: partial(
+            study.train,
+            problem(name, steps),
+            tower(name, kind, height, start),
+            seed,
+            points=20,
+            after=(REPLAYED,) if name == "mlp" and height and seed == 0 else (),
+            device=device,
+            log=log / study.slug(key),
+        )
+        for name in names
+        for seed in range(PROBLEMS[name].seeds)
+        for height in HEIGHTS
+        for kind in kinds(height)
+        for start in STARTS
+        for key in [f"{label(name, kind, height, start)} | {seed}"]
+    }
+
+
+def kinds(height: int) -> list[str]:
+    """One at height 0."""
+    return list(KINDS) if height else ["paper"]
+
+
+def times(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
+    """Milliseconds of a training step, the median of `steps` of them, for torch's optimizer and for each kind and height, in turn."""
+    workload = PROBLEMS[name].workload
+    towers = {f"{kind} {height}": tower(name, kind, height, 1e-3) for kind in KINDS for height in HEIGHTS}
+    runs = {}
+    for label, spec in {"torch": towers["paper 0"], **towers}.items():
+        model = workload.model(0, device)
+        runs[label] = model, study.plain(spec, model.parameters()) if label == "torch" else spec.bind(model.parameters()), []
+    batches = workload.batches(0, device)
+    for _ in range(steps + 2):
+        x, y = next(batches)
+        for model, optimizer, seconds in runs.values():
+            begin = time.perf_counter()
+            optimizer.zero_grad()
+            loss = workload.loss(model, x, y)
+            loss.backward()
+            optimizer.step()
+            next(model.parameters()).sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - begin)
+    return {"ms": {label: round(1e3 * statistics.median(seconds[2:]), 4) for label, (_, _, seconds) in runs.items()}}
+
+
+def errors(store: study.Store, name: str, kind: str, height: int, start: float, *path: str) -> list[float]:
+    """The metric of the seeds, infinite where a run diverged."""
+    return study.metrics(store.seeds(label(name, kind, height, start)), *path)
+
+
+def table(store: study.Store) -> str:
+    """Markdown: for each workload a line for each height and kind, and the time."""
+    parts = []
+    for name, (workload, rule, seeds, _) in PROBLEMS.items():
+        rows = []
+        for height in HEIGHTS:
+            if name == "mlp":
+                rows.append([f"height {height}, read off the paper's figure", *("" if e is None else f"{e:g}" for e in PAPER[height])])
+            for kind in kinds(height):
+                line = f"height {height}, {KINDS[kind]}" if height else "height 0"
+                rows.append([line, *(study.mean_sd(errors(store, name, kind, height, start)) for start in STARTS)])
+                if name == "mlp" and height:
+                    cells = [study.mean_sd(errors(store, name, kind, height, start, REPLAYED)) for start in STARTS]
+                    rows.append([f"{line}, first seed, schedule replayed", *cells])
+        head = [f"test {workload.metric} from lr", *(f"{start:.0e}" for start in STARTS)]
+        title = f"{_title(store, name)}, {rule.__name__} at level 0; {f'mean ± sd of {seeds} seeds' if seeds > 1 else 'one seed'}."
+        parts += [title, study.table(head, rows), _count(store, name)]
+    return "\n\n".join([*parts, _times(store)]) + "\n"
+
+
+def _title(store: study.Store, name: str) -> str:
+    return problem(name, store.result["protocol"]["steps"]).title
+
+
+def _count(store: study.Store, name: str) -> str:
+    """In how many cells the defaults are better, and which ones they are not."""
+    pairs = [(h, s, *(errors(store, name, kind, h, s) for kind in ("defaults", "paper"))) for h in HEIGHTS[1:] for s in STARTS]
+    done = [(h, s, float(np.mean(ours)), float(np.mean(theirs))) for h, s, ours, theirs in pairs if ours and theirs]
+    lost = [f"height {h} from {s:.0e} ({ours:.2f}, {theirs:.2f})" for h, s, ours, theirs in done if not ours < theirs]
+    return f"Our defaults are better in {len(done) - len(lost)} of {len(done)} cells" + (f"; not in: {', '.join(lost)}." if lost else ".")
+
+
+def _times(store: study.Store) -> str:
+    rows = []
+    for name in PROBLEMS:
+        if run := store.runs.get(f"{name} | time"):
+            ms = run["ms"]
+            for kind in KINDS:
+                base = ms[f"{kind} 0"]
+                levels = [f"{ms[f'{kind} {h}']:.2f} (+{100 * (ms[f'{kind} {h}'] / base - 1):.1f} %)" for h in HEIGHTS[1:]]
+                rows.append([f"{name}, {KINDS[kind]}", f"{ms['torch']:.2f}", f"{base:.2f}", *levels, f"+{PAPER_TIME[name]:g} %"])
+    head = ["ms for a training step", "torch.optim", "height 0", *(f"height {h}" for h in HEIGHTS[1:]), "paper, height 3"]
+    return f"Time, median; in parentheses what is added to height 0 of the same library, as the paper counts.\n\n{study.table(head, rows)}"
+
+
+def draw(store: study.Store, path: Path) -> None:
+    """A column for each workload: the paper's step sizes, our defaults, and the time of a step."""
+    figure = Figure(figsize=(15, 12), layout="constrained")
+    panels = figure.subplots(3, len(PROBLEMS), height_ratios=[3, 3, 2])
+    for column, (name, (workload, rule, *_)) in enumerate(PROBLEMS.items()):
+        for axes, kind in zip(panels[:2, column], KINDS, strict=True):
+            _sensitivity(axes, store, name, kind)
+            axes.set_title(f"{rule.__name__}, {KINDS[kind]}\n{textwrap.fill(_title(store, name), 60)}", fontsize=9)
+        panels[1, column].sharey(panels[0, column])
+        _time(panels[2, column], store, name)
+        panels[0, column].set_ylim(bottom=_bottom(store, name), top=1.2 * workload.guess)
+    figure.suptitle(
+        "Error against the initial learning rate, by the height of the tower; bands: from the best to the worst seed; "
+        "grey dotted: blind guessing; at the top: as bad, or diverged"
+    )
+    figure.supxlabel(store.caption(), fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+def _bottom(store: study.Store, name: str) -> float:
+    metrics = [run["metric"] for key, run in store.runs.items() if key.startswith(f"{name} |") and run.get("metric")]
+    return 0.85 * min(metrics, default=1.0)
+
+
+def _sensitivity(axes: Axes, store: study.Store, name: str, kind: str) -> None:
+    workload = PROBLEMS[name].workload
+    for height in HEIGHTS:
+        look = {"color": f"C{height}", "markersize": 4}
+        runs = {start: store.seeds(label(name, kind, height, start)) for start in STARTS}
+        study.against(axes, runs, top=1.1 * workload.guess, label=f"height {height}", **look)
+        if name == "mlp" and kind == "paper":
+            read = [(start, error) for start, error in zip(STARTS, PAPER[height], strict=True) if error is not None]
+            shown = "read off the paper's figure" if height == 0 else None
+            axes.plot([s for s, _ in read], [e for _, e in read], "x:", linewidth=1, label=shown, **look)
+    axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlim=(5e-9, 2e2), xlabel="initial lr", ylabel=f"test {workload.metric}")
+    study.decimal_ticks(axes.yaxis)
+    study.finish(axes)
+
+
+def _time(axes: Axes, store: study.Store, name: str) -> None:
+    if run := store.runs.get(f"{name} | time"):
+        for kind in KINDS:
+            axes.plot(list(HEIGHTS), [run["ms"][f"{kind} {height}"] for height in HEIGHTS], "o-", label=KINDS[kind])
+        axes.axhline(run["ms"]["torch"], color="black", linestyle=":", label=f"torch.optim.{PROBLEMS[name].rule.__name__}")
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel="height of the tower", ylabel="ms for a training step", xticks=list(HEIGHTS))
+    study.finish(axes)
+
+
+def main(
+    workload: Annotated[list[str] | None, typer.Option(help=f"only this one of {', '.join(PROBLEMS)}; may be repeated")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="in place of the protocol's")] = None,
+    jobs: study.Jobs = 1,
+    device: study.Device = "cpu",
+    again: study.Again = None,
+    out: study.Out = Path("experiments/results"),
+    log: study.Log = Path("runs/heights"),
+    figures: study.Figures = False,
+) -> None:
+    """Run what is missing, print the tables and draw the figure."""
+    names = workload or list(PROBLEMS)
+    if unknown := set(names) - set(PROBLEMS):
+        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(PROBLEMS)}", param_hint="--workload")
+    torch.set_num_threads(1)
+    store = study.Store(out / "heights.json", steps=steps, seeds=max(each.seeds for each in PROBLEMS.values()), device=device)
+    store.forget(again or ())
+    if not figures:
+        store.complete(plan(names, steps, device, log), jobs)
+        timed = {name: min(PROBLEMS[name].timed, steps or math.inf) for name in names}
+        store.complete({f"{name} | time": partial(times, name, int(count), device) for name, count in timed.items()})
+    study.publish(store, table(store), draw)
+
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
