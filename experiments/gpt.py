@@ -1,6 +1,6 @@
 """AdamW on a small GPT, its hyperparameters held and learned, against AdamW with warm-up and cosine at its best learning rate.
 
-    python -m experiments.gpt --jobs 2                                estimate: 25 minutes on two cores; resumes where it was stopped
+    python -m experiments.gpt --jobs 2                                estimate: 27 minutes on two cores; resumes where it was stopped
     python -m experiments.gpt --steps 5000 --batch 64 --device cuda   longer, on a GPU
     python -m experiments.gpt --figures                               the table and the figure from the results that are there
 

@@ -161,9 +161,10 @@ class Optimizable:
             self.strategy.advance(self, batch, raw, keep)
         elif self.kernel and not torch.compiler.is_compiling():
             for part in batch:
-                move = direction(self, part, raw)[0] * (self.values(raw, part).lr * part.ok)
+                along, state = direction(self, part, raw)
+                move = along * (self.values(raw, part).lr * part.ok)
                 part.x.add_(self.limit(move) if self.limited() else move)
-                part.commit(None, {}, {})
+                part.commit(None, state, {})
         else:
             for part, new in zip(batch, self.updates(batch, [part.x for part in batch], [part.state for part in batch], raw), strict=True):
                 part.commit(*new, {})

@@ -217,6 +217,25 @@ def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
     assert_equal(rule, kernel, torch.float32)
 
 
+@pytest.mark.parametrize("text", ["Adam / Adam", "Adam"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_torchs_kernel_is_left_out_where_memory_lies_otherwise(text, weights, monkeypatch):
+    monkeypatch.setattr("hyperopt.group.LARGE", 10)
+    pairs = [bound(text, compile=False) for _ in range(2)]
+    for params, optimizer in pairs:
+        if weights:
+            params[0].data = params[0].data.t().contiguous().t()
+        for at in range(20):
+            generator = torch.Generator().manual_seed(at)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            params[2].grad = params[2].grad.t().contiguous().t()
+            optimizer.step()
+        for node in pairs[1][1]._groups()[0].nodes.values():
+            node.kernel = None
+    assert_equal(*pairs, torch.float32)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
 def test_torchs_kernel_with_gradients_that_are_not_finite_or_have_no_square(value):
     params, optimizer = bound("Adam / Adam", compile=False)
