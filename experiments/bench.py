@@ -1,6 +1,6 @@
 """What a tower costs: optimizer steps, training steps, height, memory, compilation; beside torch.optim and other packages.
 
-    python -m experiments.bench                 25 minutes on two cores, with nothing else running
+    python -m experiments.bench                 14 minutes on two cores, with nothing else running
     python -m experiments.bench --device cuda   the same on a GPU, timed with events
 
 Every optimizer takes one block of steps in turn, over and over; the median over blocks is reported with the fastest and the slowest,
@@ -369,7 +369,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(columns)), [title.replace(", ", "\n").replace(" in ", "\nin ") for title in columns], fontsize=7)
         axis.set_ylabel("time / torch.optim.Adam(fused=True)")
         axis.set_title(title)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shown), fontsize=7)
     for how, end in (("eager", ""), ("compiled", ", compiled")):
         rows = [result.get("heights", {}).get(f"height {h}{end}") for h in HEIGHTS]
         axes[2].plot([h for h, row in zip(HEIGHTS, rows, strict=True) if row], [row["ratio"] for row in rows if row], "o-", label=how)
