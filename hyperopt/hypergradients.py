@@ -191,7 +191,8 @@ def direction(node: "Optimizable", part: "Part", raw: Raw) -> tuple[Tensor, Stat
     else:
         move, state = node.rule.update(torch.zeros_like(part.t), part.gradient(), part.state, h, part.t)
     shrink = node.rule.shrink(h)
-    return (torch.addcmul(move, part.x, shrink - 1) if isinstance(shrink, Tensor) else move), state
+    # In place, as a direction may be kept for all parts: `move` is the scratch, or the update's own.
+    return (move.addcmul_(part.x, shrink - 1) if isinstance(shrink, Tensor) else move), state
 
 
 def _ends(node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
