@@ -1,9 +1,7 @@
-"""Where the tensors of a node live: flattening, dtypes, devices, which parameters have a gradient, and torch.compile."""
+"""Where the tensors of a node live: flattening, dtypes, devices, and which parameters have a gradient."""
 
 import itertools
-import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from types import FunctionType, MethodType
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +66,7 @@ class Chunk:
         # One number for all tensors of the chunk, as they have taken every step together.
         self.numbers = {"t"}
         self.t = self._load("t") if "t" in self.records[0] else torch.zeros((), dtype=self.dtype, device=like.device)
+        self.one = torch.ones_like(self.t)
         self.state: State = {}
         self.tangents: dict[str, dict[str, Tensor]] = {}
         for key, buffer in self._init(rule).items():
@@ -205,7 +204,8 @@ class Chunk:
         return kept[key][start : start + like.numel()].view(like.shape)
 
     def _cuts(self, x: Tensor, g: Tensor) -> list[slice] | None:
-        if not self.split or self.numel <= BLOCK or not x.is_contiguous() or not g.is_contiguous():
+        # A little more than one block is not worth a second round of kernels.
+        if not self.split or self.numel < 2 * BLOCK or not x.is_contiguous() or not g.is_contiguous():
             return None
         return [slice(start, start + BLOCK) for start in range(0, self.numel, BLOCK)]
 
@@ -335,73 +335,3 @@ def _write(buffer: Tensor, new: Tensor, ok: Tensor) -> None:
         buffer.copy_(torch.where(ok > 0, new, buffer))
     else:
         buffer.lerp_(new, ok)
-
-
-class Compiled:
-    """Functions fused by torch.compile, from the very same code; eager where no compiler works, after one warning.
-
-    torch.compile looks at everything that the code has read before it runs what it has compiled, which takes as long as a small
-    model's whole step. Nothing of that can change here but what a key says, so that nothing is looked at: what was compiled is found
-    by its key alone.
-    """
-
-    def __init__(self) -> None:
-        # Imported here, since they take a second that users who do not compile need not wait.
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
-
-        self.errors = (TorchDynamoException, InductorError)
-        self.fused: dict[Any, Callable[..., Any]] = {}
-        self.works = True
-
-    def __call__(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args).
-
-        Args:
-            key: equal for calls for which the same compiled code is right: the function and the structure of everything that it reads,
-                but not the numbers in tensors.
-        """
-        if not self.works:
-            return function(*args)
-        key = key, torch.get_num_threads()  # which is a constant in compiled code
-        fused = self.fused.get(key)
-        if fused is None:
-            # Loops of a thousand elements are not worth waking a second thread for.
-            options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192}
-            fused = self.fused[key] = torch.compile(_alone(function), fullgraph=True, dynamic=False, options=options)
-        try:
-            return fused(*args)
-        except self.errors as error:
-            # Compilation fails before anything has run, so the step can be taken again.
-            warnings.warn(f"torch.compile does not work here, this optimizer goes on without it: {error}", RuntimeWarning, stacklevel=2)
-            self.works = False
-            return function(*args)
-
-    def stage(self, also: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """One stage of a step: fused once for all chunks that look alike, as many large ones in one piece would take minutes."""
-        return self((also, function.__name__, *(_shape(a) for a in args)), function, *args)
-
-
-def _shape(argument: Any) -> Any:
-    """The structure of an argument of a stage."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device
-    if isinstance(argument, (list, tuple)):
-        return tuple(_shape(a) for a in argument)
-    if isinstance(argument, dict):
-        return tuple((key, _shape(a)) for key, a in argument.items())
-    if isinstance(argument, Part):
-        return _shape([argument.x, argument.g]), argument.chunk.layout()
-    return argument.layout() if isinstance(argument, Chunk) else argument
-
-
-def _none(guards: Sequence[Any]) -> list[bool]:
-    return [False] * len(guards)
-
-
-def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own: what torch.compile has made is kept with the code, and found there."""
-    plain = getattr(function, "__func__", function)
-    copy = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return MethodType(copy, function.__self__) if isinstance(function, MethodType) else copy

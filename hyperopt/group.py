@@ -2,24 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import guards, text, tree
+from . import native, step, text, tree
 from .domains import complement
-from .engine import BLOCK, LARGE, LARGE_FUSED, Chunk, Compiled, Record, Scratch
-from .hypergradients import Graph, Raw, combine, look
-from .optimizable import call
+from .engine import LARGE, LARGE_FUSED, Chunk, Record, Scratch
+from .hypergradients import Graph
 from .rule import check
 from .tower import Hyper
-
-CAPACITY = 2**22  # elements gathered into one chunk at most
-WHOLE = (
-    3  # chunks up to which a step is compiled in one piece: 12 take half a minute, and what is made for all of them is in memory at once
-)
 
 
 class Group:
@@ -49,9 +42,9 @@ class Group:
         self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}})
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
-        self._compiled = Compiled() if compile and spec.strategy != "graph" else None
+        self.compile = compile and spec.strategy != "graph"
+        self.passes: native.Passes | None = None
         self._scratch: Scratch = {}
-        self._steady: dict[Any, int] = {}  # kinds of steps that add no tangents where there are this many
         self._build()
 
     @torch.no_grad()
@@ -73,10 +66,11 @@ class Group:
         self.rule = tree.with_zeros(self.spec.rule, self.zeros)
         self.nodes = tree.grow(self.spec, self.rule, self.live, self.tower["nodes"])
         self.root = self.nodes["0"]
-        if self._compiled or self.watched - {"lr"}:
+        if self.compile or self.watched - {"lr"}:
             self.root.kernel = None  # as in `_notice`, so that training goes on bit for bit; fused, no eager step needs its buffer
         for node in self.nodes.values():
             node.resets = self.tower["skipped"][1]
+        self._prepare()
         kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
         # The checkpoint may be of a model whose tensors had other dtypes or were on other devices, and a live optimizer that was
         # taken over has state but no partition.
@@ -86,6 +80,12 @@ class Group:
         parts = [part for part in kept if not any(part is m for m in mixed)]
         parts += self._parts(loose)
         self._partition([self._chunk(part) for part in parts])
+
+    def _prepare(self) -> None:
+        """What takes the steps, made anew where the rule has changed."""
+        self._take = step.Step(self.nodes, self.last, self.tower["skipped"][0], compile=self.compile)
+        self._native = native.source(self.root, self.params) if self.compile and not self.spec.maximize else None
+        self._passes: dict[Any, native.Passes] = {}
 
     def _to(self, value: Tensor) -> Tensor:
         return value.to(device=self.device, dtype=self.dtype)
@@ -154,8 +154,9 @@ class Group:
         if domain.inside(value) and not domain.inside(rounded):
             raise ValueError(f"{name} = {value!r} is {rounded:g} in {self.dtype}, on the bound of {domain!r}: give a value farther inside")
 
-    def collect(self) -> list[Tensor]:
-        """Choose the chunks that have a gradient and return their gradients, gathered."""
+    def collect(self) -> bool:
+        """Choose the chunks that have a gradient and gather those, where that is needed; whether there are any."""
+        self._notice()
         fresh = [p for p in self.params if p.grad is not None and "t" not in self.state.get(p, {})]
         mixed = [c for c in self.chunks if len({p.grad is None for p in c.tensors}) > 1]
         if fresh or mixed:
@@ -166,7 +167,30 @@ class Group:
             kept = [c for c in self.chunks if c not in mixed]
             self._partition(kept + [self._chunk(part) for part in (*halves, *self._parts(fresh))])
         self.root.chunks = [c for c in self.chunks if c.tensors[0].grad is not None]
-        return [c.gradient([p.grad for p in c.tensors if p.grad is not None], self.spec.maximize) for c in self.root.chunks]
+        grads = [[p.grad for p in c.tensors if p.grad is not None] for c in self.root.chunks]
+        self.passes = self._by_hand([g for gs in grads for g in gs])
+        self._gs = [] if self.passes else [c.gradient(gs, self.spec.maximize) for c, gs in zip(self.root.chunks, grads, strict=True)]
+        return bool(self.root.chunks)
+
+    def totals(self) -> list[Tensor]:
+        """The sums of the gradients, which are finite if those are."""
+        return [self.passes.sums[0]] if self.passes else [g.sum() for g in self._gs]
+
+    def _by_hand(self, grads: list[Tensor]) -> native.Passes | None:
+        """The passes of a step by hand, of which the first is taken; None where these chunks have none."""
+        chunks = self.root.chunks
+        if self._native is None or not chunks or not all("lr" in chunk.tangents for chunk in chunks):
+            return None
+        key = tuple(chunk.serial for chunk in chunks)
+        if key not in self._passes:
+            library = native.load(self._native.path)
+            if library is None:
+                self._native = None
+                return None
+            tensors = [p for chunk in chunks for p in chunk.tensors]
+            self._passes = {key: native.Passes(library, self._native, self.root, tensors, [self.state[p] for p in tensors])}
+        passes = self._passes[key]
+        return passes if passes.look(grads) else None
 
     def hold_out(self, grads: Mapping[Tensor, Tensor | None], key: str) -> None:
         """Keep the hypergradients of another loss for the next step, added to those that are kept already.
@@ -187,69 +211,24 @@ class Group:
             kept = {**(kept or {}), name: q + (kept or {}).get(name, 0)}
         self.tower["held_out"] = kept
 
-    def step(self, gs: list[Tensor], ok: Tensor | None, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
-        """Step the tower.
+    def step(self, ok: Tensor | None, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Step the tower, with the gradients that `collect` found.
 
         Args:
-            gs: as `collect` returned them.
             ok: 1. where the step counts; None where these gradients alone decide it.
             every: the levels above 0 step on every `every`-th call.
             directions: for a black box, the displacement of each parameter at lr = 1, downwards.
         """
-        self._notice()
         self.tower["calls"] += 1
-        for chunk in self.root.chunks:
+        chunks = [] if self.passes else self.root.chunks
+        for chunk in chunks:
             chunk.gather()
-        steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in self.root.chunks]
-        watched, learn, q = tuple(sorted(self.watched)), self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
-        args = gs, ok, watched, learn, q, steps
-        self._run((watched, learn, q is None, ok is None), args) if self._compiled else self._advance(*args)
-        for chunk in self.root.chunks:
+        steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in chunks]
+        learn, q = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
+        self._take(self._gs, ok, tuple(sorted(self.watched)), learn, q, steps, self.passes)
+        for chunk in chunks:
             chunk.scatter()
         self.versions = {name: value._version for name, value in self.live.items()}
-
-    def _run(self, kind: Any, args: tuple[Any, ...]) -> None:
-        """`_advance` with what can be fused of it: all for a few chunks, else stage by stage."""
-        chunks, compiled = self.root.chunks, self._compiled
-        assert compiled is not None
-        whole = len(chunks) <= WHOLE and sum(chunk.numel for chunk in chunks) <= CAPACITY
-        kind = kind, tuple(_memory(chunk, g) for chunk, g in zip(chunks, args[0], strict=True)) if whole else None
-        tangents = self._tangents()
-        fused = self._steady.get(kind) == tangents
-        for chunk in chunks:
-            chunk.split = chunk.separable and not fused
-            chunk.lean = chunk.numel >= BLOCK if not fused else not whole
-        if fused and whole:
-            compiled(kind, self._advance, *args)
-            return
-        self.root.run = partial(compiled.stage, kind) if fused else call
-        self._advance(*args)
-        # Tangents appear step by step, a level takes part once the one below has a hypergradient. To compile each such change of structure
-        # would be for nothing: a step is compiled when one of its kind has added nothing.
-        if self._tangents() == tangents:
-            self._steady[kind] = tangents
-
-    def _tangents(self) -> int:
-        return sum(len(tangent) for node in self.nodes.values() for chunk in node.chunks for tangent in chunk.tangents.values())
-
-    def _advance(
-        self, gs: list[Tensor], ok: Tensor | None, watched: tuple[str, ...], learn: bool, q: Raw | None, directions: list[Tensor] | None
-    ) -> None:
-        """The step between gathering and scattering."""
-        root = self.root
-        if ok is None:
-            looks = [root.run(look, root, chunk, g, learn and q is None) for chunk, g in zip(root.chunks, gs, strict=True)]
-            ok = guards.finite([total for total, _ in looks], root.resets)
-            shares = [share for _, share in looks if share]
-            q = combine(root, shares) if shares else q
-        ok = ok.to(root.resets)
-        root.step(gs, ok, {name: self.last[name] for name in watched}, q=q, learn=learn, directions=directions)
-        self.tower["skipped"][0].add_(1 - ok)
-        for name, last in self.last.items():
-            if name in watched:
-                last.lerp_(self.live[name], ok)
-            elif name in root.raw:
-                last.copy_(self.live[name])
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""
@@ -269,12 +248,13 @@ class Group:
             self.watched.add(name)
             self.tower["watched"] = sorted(self.watched)
             self.root.complements[name] = complement(mine)
+            self._passes = {}
             if name in self.zeros and bool(mine != 0):
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
                 self.zeros.remove(name)
                 self.rule = self.root.rule = tree.with_zeros(self.spec.rule, self.zeros)
                 self.root.strategy = tree.strategy(self.spec, self.rule)
-                self._compiled = self._compiled and Compiled()
+                self._prepare()
                 for chunk in self.chunks:
                     chunk.extend(self.rule)
 
@@ -285,20 +265,15 @@ class Group:
     def _parts(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Parameters that can be stepped as one: of one device, dtype and step count, with the same things kept for each."""
         parts: dict[Any, list[Tensor]] = {}
-        few = self._compiled and sum(p.numel() >= LARGE_FUSED for p in params) < WHOLE
+        few = self.compile and sum(p.numel() >= LARGE_FUSED for p in params) < step.WHOLE
         for p in params:
             record = self.state[p]
             key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
             if p.numel() >= (LARGE_FUSED if few else LARGE) or not self.rule.elementwise:
                 key = (*key, p)
             part = parts.setdefault(key, [])
-            if part and sum(q.numel() for q in part) + p.numel() > CAPACITY:
+            if part and sum(q.numel() for q in part) + p.numel() > step.CAPACITY:
                 yield parts.pop(key)
                 part = parts.setdefault(key, [])
             part.append(p)
         yield from (part for part in parts.values() if part)
-
-
-def _memory(chunk: Chunk, g: Tensor) -> Any:
-    """Which chunk this is, and how tensors that are not the engine's own lie in memory."""
-    return chunk.serial, chunk.direct and (chunk.x().stride(), chunk.x().dtype, g.stride())

@@ -183,7 +183,7 @@ def _inner(node: "Optimizable", gs: list[Tensor]) -> Raw:
 
 def direction(node: "Optimizable", part: "Part", raw: Raw) -> tuple[Tensor, State]:
     """(x' − x) / lr of a rule that is linear in lr, 0 where the step does not count, and the new state if that is not written yet."""
-    h = node.values(raw, part, lr=torch.ones_like(part.t))
+    h = node.values(raw, part, lr=part.chunk.one)
     # A kernel goes through memory as it lies.
     if node.kernel and not torch.compiler.is_compiling() and all(a.is_contiguous() for a in (part.x, part.g, *part.state.values())):
         move, state = part.scratch(lasting=node.projects()), {}

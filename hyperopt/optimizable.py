@@ -70,15 +70,25 @@ class Optimizable:
         self.level, self.rule, self.chunks, self.live, self.complements = level, rule, chunks, live, complements
         self.domains, self.above, self.strategy = domains, above, strategy
         self.trust, self.feasible, self.anchor = trust, feasible, anchor
-        self.raw: Raw = {}
-        for names, node in above:
-            parts = node.chunks[0].tensors[0].split([live[n].numel() for n in names])
-            self.raw |= {n: part.view(live[n].shape) for n, part in zip(names, parts, strict=True)}
+        self._raw = self._split()
         self.kernel: Kernel | None = None
         self.q: Raw = {}
         self.resets = next(iter(live.values())).new_zeros(())
         self.run: Run = call
         self._assigned: dict[str, Assigned] = {}
+
+    @property
+    def raw(self) -> Raw:
+        """The raw hyperparameters that are learned, as views of the x above."""
+        # An argument of compiled code that is a view of another one is dear.
+        return self._split() if torch.compiler.is_compiling() else self._raw
+
+    def _split(self) -> Raw:
+        raw: Raw = {}
+        for names, node in self.above:
+            parts = node.chunks[0].tensors[0].split([self.live[n].numel() for n in names])
+            raw |= {n: part.view(self.live[n].shape) for n, part in zip(names, parts, strict=True)}
+        return raw
 
     def step(
         self,

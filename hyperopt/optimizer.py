@@ -109,7 +109,6 @@ class HyperOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of every level. A gradient that is not finite leaves everything as it was, and is counted in `skipped`.
 
@@ -127,23 +126,27 @@ class HyperOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self._groups():
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        bound = self._groups()
+        for group in bound:
             group.check()
-        gathered = [(group, group.collect()) for group in self._groups()]
-        gathered = [(group, gs) for group, gs in gathered if gs]
-        if not gathered:
-            return loss
+        groups = [group for group in bound if group.collect()]
+        if not groups:
+            return
         ok = directions = None
-        if len(gathered) > 1 or self.driven is not None:
-            ok = guards.finite([g.sum() for _, gs in gathered for g in gs], gathered[0][0].root.resets)
+        if len(groups) > 1 or self.driven is not None:
+            ok = guards.finite([total for group in groups for total in group.totals()], groups[0].root.resets)
         if self.driven is not None and ok is not None:
             # The one wait for the device: the other optimizer must not see a gradient that is not finite.
-            zeros = {p: torch.zeros_like(p) for group, _ in gathered for p in group.params}
+            zeros = {p: torch.zeros_like(p) for group in groups for p in group.params}
             directions = {**zeros, **self.driven.directions()} if bool(ok) else zeros
             ok = ok * guards.finite([move.sum() for move in directions.values()], ok)
-        for group, gs in gathered:
-            group.step(gs, ok, self.hyper_every, directions)
-        return loss
+        for group in groups:
+            group.step(ok, self.hyper_every, directions)
 
     def hyper_backward(self, loss: Tensor) -> None:
         """Let the next step learn its hyperparameters from this loss, on held-out data say, and not from the training loss.

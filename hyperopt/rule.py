@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,23 @@ from .domains import Domain
 State = dict[str, Tensor]
 # kernel(move, g, state, t, skip) adds −d to `move` and writes the state in place, but does nothing where the 0-d `skip` is 1.
 Kernel = Callable[[Tensor, Tensor, State, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Native:
+    """A hand-made step of a rule on a CPU, for lr alone learned: two passes over the weights, as `native.Passes` calls them.
+
+    Args:
+        path: C++ with the functions `look` and `take`, which rules/adam.cpp explains.
+        state: the names of the state that they read, in their order.
+        complements: the names of the held hyperparameters whose 1 − value they read.
+        values: the names of those that they read after them.
+    """
+
+    path: Path
+    state: tuple[str, ...]
+    complements: tuple[str, ...]
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ class Rule(ABC):
             t: the number of this step, from 1, a 0-d tensor.
         """
 
-    def kernel(self, h: Mapping[str, float]) -> "Kernel | None":
+    def kernel(self, h: Mapping[str, float]) -> Kernel | None:
         """A kernel of torch's own that computes −d and the new state in one pass, for a rule that is linear in lr, if there is one.
 
         It is used in eager mode in place of a dozen operations of `update`, where lr alone is learned.
@@ -108,6 +126,10 @@ class Rule(ABC):
         Args:
             h: the values of all hyperparameters but lr, which are held.
         """
+        return None
+
+    def native(self) -> Native | None:
+        """The hand-made step that `bind(…, compile=True)` takes on a CPU, for a rule that is linear in lr, if there is one."""
         return None
 
     def linear_in_lr(self) -> bool:

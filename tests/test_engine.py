@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import CASES, Case
+from fused import STEPS, assert_equal, bound, everything, fresh_compiler, step, train
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -14,53 +15,13 @@ from torch._inductor import config
 from hyperopt import SGD, Adam, Hyper, ScheduleFree
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-STEPS = 50
-# Fused kernels contract a·b + c to one rounding and add in another order: an ulp a step, and 50 steps of it. Nothing makes more of
-# it, as the gradients are given and the hyperparameters move by 5 %. A weight in bfloat16 that lay between two numbers may become
-# either, 1/256 apart; few do, and what is computed from weights that are not the same is not the same either.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+__all__ = ["fresh_compiler"]
 
 
-def bound(tower, dtype=torch.float32, *, compile):
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(7, 5), (7,), (3, 7)]]
-    tower = Hyper.parse(tower) if isinstance(tower, str) else tower
-    return params, tower.bind(params, compile=compile)
-
-
-def step(params, optimizer, at):
-    generator = torch.Generator().manual_seed(at)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-    optimizer.step()
-
-
-def train(steps, *pairs):
-    for at in range(steps):
-        for params, optimizer in pairs:
-            step(params, optimizer, at)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-
-
-def everything(params, optimizer):
-    """All that a step changes, by name: weights, state with tangents, hyperparameters, hypergradients."""
-    kept = {f"{key}[{i}]": value for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
-    weights = {f"x[{i}]": p.detach() for i, p in enumerate(params)}
-    return weights | kept | optimizer.hyperparameters() | {f"q {key}": value for key, value in optimizer.hypergradients().items()}
-
-
-def assert_equal(eager, fused, dtype):
-    expected, actual = everything(*eager), everything(*fused)
-    assert expected.keys() == actual.keys()
-    for key, value in expected.items():
-        error, size = (actual[key].double() - value.double()).norm(), value.double().norm()
-        assert error <= TOLERANCE[dtype] * size, f"{key}: off by {float(error / size):.1e}"
+@pytest.fixture
+def generic(monkeypatch):
+    """No step by hand: what torch.compile makes of the rule, as everywhere but on a CPU."""
+    monkeypatch.setattr("hyperopt.native.load", lambda path: None)
 
 
 # ---- every rule, in combinations of everything else
@@ -148,9 +109,10 @@ TOWERS = [
 
 
 @pytest.mark.parametrize("text", TOWERS)
+@pytest.mark.usefixtures("generic")
 def test_stage_by_stage(text, monkeypatch):
     """As models with many large tensors are compiled: each stage once for all chunks that look alike."""
-    monkeypatch.setattr("hyperopt.group.WHOLE", 0)
+    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
     monkeypatch.setattr("hyperopt.group.LARGE", 1)
     monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=GRAPH))
@@ -162,8 +124,9 @@ def test_stage_by_stage(text, monkeypatch):
     assert 0 < counters["stats"]["unique_graphs"] <= 12
 
 
+@pytest.mark.usefixtures("generic")
 def test_chunks_that_look_alike_share_what_is_compiled(monkeypatch):
-    monkeypatch.setattr("hyperopt.group.WHOLE", 0)
+    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
     monkeypatch.setattr("hyperopt.group.LARGE", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     found = []
@@ -195,7 +158,7 @@ def test_block_by_block(text, direct, monkeypatch):
 def test_parameters_of_more_elements_than_are_gathered(large, monkeypatch):
     reference = bound("Adam / Adam", compile=False)
     train(10, reference)
-    monkeypatch.setattr("hyperopt.group.CAPACITY", 20)
+    monkeypatch.setattr("hyperopt.step.CAPACITY", 20)
     monkeypatch.setattr("hyperopt.group.LARGE", large)
     other = bound("Adam / Adam", compile=False)
     train(10, other)
@@ -256,9 +219,10 @@ def test_torchs_kernel_with_gradients_that_are_not_finite_or_have_no_square(valu
 
 
 @pytest.mark.parametrize("whole", [3, 0])
+@pytest.mark.usefixtures("generic")
 def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
     # What is compiled is found by a key and not by looking at everything that was read, so that keys have to tell all apart.
-    monkeypatch.setattr("hyperopt.group.WHOLE", whole)
+    monkeypatch.setattr("hyperopt.step.WHOLE", whole)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     texts = ["Adam / Adam", "Adam(trust=None) / Adam", "Adam(lr=0.01, horizon=1) / SGD", "SGD(lr=0.1) / Adam"]
     pairs = [tuple(bound(text, compile=c) for c in (False, True)) for text in texts]
@@ -270,7 +234,7 @@ def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
 @pytest.mark.parametrize("whole", [3, 0])
 def test_what_changes_between_steps(whole, monkeypatch):
     """Levels above that step now and then, parameters without a gradient, weights and gradients that lie otherwise in memory."""
-    monkeypatch.setattr("hyperopt.group.WHOLE", whole)
+    monkeypatch.setattr("hyperopt.step.WHOLE", whole)
     monkeypatch.setattr("hyperopt.group.LARGE", 1)
     monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
     if not whole:  # kernels alone mind how memory lies, and are made for the whole step

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..domains import Positive, UnitInterval
-from ..rule import Kernel, Rule, State, Values, Variant, hyper, root, square
+from ..rule import Kernel, Native, Rule, State, Values, Variant, hyper, root, square
 
 _fused = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+_native = Native(Path(__file__).with_suffix(".cpp"), state=("m", "v"), complements=("beta1", "beta2"), values=("eps", "weight_decay"))
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,7 @@ class Adam(Rule):
         return root(state["v_max" if self.amsgrad else "v"]) + eps
 
     def kernel(self, h: Mapping[str, float]) -> Kernel | None:
-        coupled = self.weight_decay != 0 and not self.decoupled
-        if coupled or self.amsgrad or not self.bias_correction or self.beta1 == 0 or not h["eps"]:
+        if not self._textbook() or not h["eps"]:
             return None  # with eps = 0, torch's 0/0 is NaN and `root` makes it 0
         options = {"beta1": h["beta1"], "beta2": h["beta2"], "eps": h["eps"], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
@@ -94,6 +95,13 @@ class Adam(Rule):
             state["v"].clamp_max_(torch.finfo(g.dtype).max)  # as `square` does
 
         return adam
+
+    def native(self) -> Native | None:
+        return _native if self._textbook() else None
+
+    def _textbook(self) -> bool:
+        coupled = self.weight_decay != 0 and not self.decoupled
+        return not coupled and not self.amsgrad and self.bias_correction and self.beta1 != 0
 
     def linear_in_lr(self) -> bool:
         return self.decoupled or self.weight_decay == 0

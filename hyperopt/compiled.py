@@ -1,0 +1,86 @@
+"""torch.compile without its guards: what was compiled is found by a key that says all that can change."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import Chunk, Part
+
+
+class Compiled:
+    """Functions fused by torch.compile, from the very same code; eager where no compiler works, after one warning.
+
+    torch.compile looks at everything that the code has read before it runs what it has compiled, which takes as long as a small
+    model's whole step. Nothing of that can change here but what a key says, so that nothing is looked at: what was compiled is found
+    by its key alone.
+    """
+
+    def __init__(self) -> None:
+        # Imported here, since they take a second that users who do not compile need not wait.
+        from torch._dynamo import config
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
+        self.config = config
+        self.errors = (TorchDynamoException, InductorError)
+        self.fused: dict[Any, Callable[..., Any]] = {}
+        self.works = True
+
+    def __call__(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args).
+
+        Args:
+            key: equal for calls for which the same compiled code is right: the function and the structure of everything that it reads,
+                but not the numbers in tensors.
+        """
+        if not self.works:
+            return function(*args)
+        key = key, torch.get_num_threads()  # which is a constant in compiled code
+        fused = self.fused.get(key)
+        if fused is not None:
+            return fused(*args)
+        # Loops of a thousand elements are not worth waking a second thread for.
+        options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192}
+        fused = self.fused[key] = torch.compile(_alone(function), fullgraph=True, options=options)
+        try:
+            # A function that has other shapes than one of its name before is compiled for these. dynamic=False would say so in every call.
+            with self.config.patch(automatic_dynamic_shapes=False):
+                return fused(*args)
+        except self.errors as error:
+            # Compilation fails before anything has run, so the step can be taken again.
+            warnings.warn(f"torch.compile does not work here, this optimizer goes on without it: {error}", RuntimeWarning, stacklevel=2)
+            self.works = False
+            return function(*args)
+
+    def stage(self, also: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """One stage of a step: fused once for all chunks that look alike, as many large ones in one piece would take minutes."""
+        return self((also, function.__name__, *(_shape(a) for a in args)), function, *args)
+
+
+def _shape(argument: Any) -> Any:
+    """The structure of an argument of a stage."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, (list, tuple)):
+        return tuple(_shape(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple((key, _shape(a)) for key, a in argument.items())
+    if isinstance(argument, Part):
+        return _shape([argument.x, argument.g]), argument.chunk.layout()
+    return argument.layout() if isinstance(argument, Chunk) else argument
+
+
+def _none(guards: Sequence[Any]) -> list[bool]:
+    return [False] * len(guards)
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with a code object of its own: what torch.compile has made is kept with the code, and found there."""
+    plain = getattr(function, "__func__", function)
+    copy = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(copy, function.__self__) if isinstance(function, MethodType) else copy

@@ -1,0 +1,195 @@
+"""The step by hand is the eager one in two passes: equal to it in all that is changed, and left out where it does not fit."""
+
+import copy
+import math
+
+import pytest
+import torch
+from fused import STEPS, assert_equal, bound, everything, fresh_compiler, step, train
+from torch import nn
+
+from hyperopt import Adam, Hyper
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+__all__ = ["fresh_compiler"]
+
+TOWERS = [
+    "Adam(lr=0.01) / Adam",
+    "Adam(lr=0.01, trust=None) / Adam",
+    "AdamW(lr=0.01, weight_decay=0.3) / SGD",
+    "Adam(lr=10.0, beta1=0.5, beta2=0.9, eps=0.1) / Adam / Adam",  # trust is at work in every step
+    "Adam(lr=0.01, horizon=1) / Adam",
+]
+
+
+def by_hand(optimizer):
+    return [group.passes is not None for group in optimizer._groups()]
+
+
+@pytest.mark.parametrize("text", TOWERS)
+def test_is_the_eager_step(text):
+    eager, fused = (bound(text, compile=c) for c in (False, True))
+    train(STEPS, eager, fused)
+    assert by_hand(fused[1]) == [True]
+    assert_equal(eager, fused, torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_and_threads_are_not_seen(threads, monkeypatch):
+    """A block is smaller than a tensor here, and what is summed block by block does not depend on who was first."""
+    whole = bound(TOWERS[0], compile=True)
+    train(STEPS, whole)
+    monkeypatch.setattr("hyperopt.native.BLOCK", 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = [bound(TOWERS[0], compile=True) for _ in range(2)]
+        train(STEPS, *runs)
+    finally:
+        torch.set_num_threads(before)
+    assert len(runs[0][1]._groups()[0].passes.blocks) == 12 + 3 + 7
+    assert_equal(whole, runs[0], torch.float32)
+    first, second = (everything(*run) for run in runs)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+def test_gradients_that_are_not_finite_or_have_no_square(value):
+    params, optimizer = bound(TOWERS[0], compile=True)
+    train(6, (params, optimizer))
+    before = {key: kept.clone() for key, kept in everything(params, optimizer).items()}
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    params[0].grad[0, 0] = value
+    optimizer.step()
+    after = everything(params, optimizer)
+    assert by_hand(optimizer) == [True]
+    if math.isfinite(value):
+        assert all(v.isfinite().all() for v in after.values())
+        assert optimizer.skipped["gradients"] == 0
+        assert after["t[0]"] == 7
+    else:
+        assert optimizer.skipped["gradients"] == 1
+        assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("q "))
+
+
+def test_a_tangent_that_is_not_finite_starts_again():
+    runs = [bound(TOWERS[0], compile=c) for c in (False, True)]
+    train(6, *runs)
+    for params, optimizer in runs:
+        optimizer.state[params[0]]["Z.lr"][0, 0] = math.inf
+    train(6, *runs)
+    assert by_hand(runs[1][1]) == [True]
+    for params, optimizer in runs:
+        assert optimizer.skipped["hypergradients"] == 1
+        assert optimizer.state[params[0]]["Z.lr"].isfinite().all()
+    assert_equal(*runs, torch.float32)
+
+
+def test_what_users_change():
+    """Values are assigned, a parameter has no gradient, the level above rests, memory lies otherwise."""
+    pairs, taken = [], []
+    for c in (False, True):
+        params = bound("Adam", compile=False)[0]
+        pairs.append((params, Hyper(Adam, lr=0.01, weight_decay=0.1, decoupled=True).stack(Adam).bind(params, compile=c, hyper_every=2)))
+    for at in range(STEPS):
+        for params, optimizer in pairs:
+            group = optimizer.param_groups[0]
+            if at == 10:
+                group["beta1"] = 0.7
+            if at in (15, 16):
+                group["lr"] = 0.02
+            if at == 20:
+                group["weight_decay"].fill_(0.2)
+            if at == 25:
+                group["lr"].fill_(0.0)
+            generator = torch.Generator().manual_seed(at)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            if 30 <= at < 35:
+                params[1].grad = None
+            if at == 40:
+                params[0].grad = params[0].grad.t().contiguous().t()
+            if at == 45:
+                params[2].data = params[2].data.clone()
+            optimizer.step()
+        taken += by_hand(pairs[1][1])
+    assert_equal(*pairs, torch.float32)
+    # The first step makes the tangents; a parameter leaves its chunk, which gives two chunks that have tangents too.
+    assert [at for at, hand in enumerate(taken) if not hand] == [0, 40]
+
+
+def test_groups_count_a_step_together():
+    """A gradient that is not finite in one group is a step that counts in none."""
+    runs = []
+    for c in (False, True):
+        params = bound("Adam", compile=False)[0]
+        groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.05}]
+        runs.append((params, Hyper.parse(TOWERS[0]).bind(groups, compile=c)))
+    train(10, *runs)
+    for params, optimizer in runs:
+        params[0].grad[0, 0] = math.nan
+        optimizer.step()
+        assert optimizer.skipped["gradients"] == 1
+    train(10, *runs)
+    assert by_hand(runs[1][1]) == [True, True]
+    assert_equal(*runs, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "text", ["Adam(amsgrad=True) / Adam", "Adam(weight_decay=0.1) / Adam", "Adam(learn=(lr, beta1)) / Adam", "SGD / Adam"]
+)
+def test_another_update_is_left_to_torch(text):
+    fused = bound(text, compile=True)
+    train(6, fused)
+    assert by_hand(fused[1]) == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_left_to_torch(dtype):
+    fused = bound(TOWERS[0], dtype, compile=True)
+    train(6, fused)
+    assert by_hand(fused[1]) == [False]
+
+
+def test_weights_that_moved_to_another_dtype_are_left_alone():
+    """Raw memory is read: what is no longer float32 must never be taken for it."""
+    runs = [bound(TOWERS[0], compile=c) for c in (False, True)]
+    train(6, *runs)
+    for params, _ in runs:
+        for p in params:
+            p.grad = None
+            p.data = p.data.bfloat16()
+    train(1, *runs)
+    assert by_hand(runs[1][1]) == [False]
+    for eager, fused in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(eager, fused)
+
+
+def test_autograd_sees_that_weights_were_changed():
+    w = nn.Parameter(torch.ones(4))
+    optimizer = Hyper(Adam).stack(Adam).bind([w], compile=True)
+    for _ in range(3):
+        w.grad = torch.ones(4)
+        optimizer.step()
+    assert by_hand(optimizer) == [True]
+    loss = (w * w).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_copy_and_a_checkpoint_go_on():
+    params, optimizer = bound(TOWERS[0], compile=True)
+    train(10, (params, optimizer))
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    other_params, other = bound(TOWERS[0], compile=True)
+    for p, q in zip(other_params, params, strict=True):
+        p.data.copy_(q.data)
+    other.load_state_dict(optimizer.state_dict())
+    for at in range(10, 20):
+        for run in ((params, optimizer), (copied_params, copied), (other_params, other)):
+            step(*run, at)
+    assert by_hand(copied) == by_hand(other) == [True]
+    assert_equal((params, optimizer), (copied_params, copied), torch.float32)
+    assert_equal((params, optimizer), (other_params, other), torch.float32)
