@@ -68,8 +68,7 @@ class Step:
         for chunk in chunks:
             chunk.split = chunk.separable and not fused
             chunk.lean = chunk.numel >= BLOCK if not fused else not whole
-        stages = self.compiled is not None and fused and not whole
-        self.root.run = partial(self.compiled.stage, kind) if stages else call
+        self.root.run = partial(self.compiled.stage, kind) if self.compiled is not None and fused and not whole else call
         self._run(kind, self._advance, gs, ok, watched, learn, q, directions, whole=whole)
 
     def _run(self, kind: Any, function: Any, *args: Any, whole: bool = True) -> None:
