@@ -43,8 +43,8 @@ class Compiled:
         fused = self.fused.get(key)
         if fused is not None:
             return fused(*args)
-        # Loops of a thousand elements are not worth waking a second thread for.
-        options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192}
+        # Loops of a thousand elements are not worth waking a second thread for; a high tower's numbers are one kernel, not a few.
+        options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192, "max_fusion_size": 1024}
         fused = self.fused[key] = torch.compile(_alone(function), fullgraph=True, options=options)
         try:
             # A function that has other shapes than one of its name before is compiled for these. dynamic=False would say so in every call.

@@ -83,7 +83,7 @@ class Group:
 
     def _prepare(self) -> None:
         """What takes the steps, made anew where the rule has changed."""
-        self._take = step.Step(self.nodes, self.last, self.tower["skipped"][0], compile=self.compile)
+        self._stepper = step.Step(self.nodes, self.last, self.tower["skipped"][0], compile=self.compile)
         self._native = native.source(self.root, self.params) if self.compile and not self.spec.maximize else None
         self._passes: dict[Any, native.Passes] = {}
 
@@ -225,7 +225,8 @@ class Group:
             chunk.gather()
         steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in chunks]
         learn, q = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
-        self._take(self._gs, ok, tuple(sorted(self.watched)), learn, q, steps, self.passes)
+        gs, self._gs = self._gs, []  # not kept: the next backward pass wants their memory
+        self._stepper(gs, ok, tuple(sorted(self.watched)), learn, q, steps, self.passes)
         for chunk in chunks:
             chunk.scatter()
         self.versions = {name: value._version for name, value in self.live.items()}

@@ -23,7 +23,7 @@ FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
 def source(node: "Optimizable", tensors: Sequence[Tensor]) -> Native | None:
     """The hand-made step of a node with these weights, if there is one: on a CPU, in float32, for lr alone, one for all weights."""
     alone = isinstance(node.strategy, Displacement) and node.feasible is None and not node.raw["lr"].dim()
-    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    plain = all(type(t.data) is Tensor and t.is_cpu and t.dtype == torch.float32 for t in tensors)
     return node.rule.native() if alone and plain else None
 
 
@@ -77,7 +77,8 @@ class Passes:
         """Put Σg, Σg·Z, and where trust needs them Σx² and Σd² at lr = 1 into `sums`; False where memory does not lie as it must."""
         count = len(self.tensors)
         for t, g, size in zip(self.tensors, grads, self.sizes, strict=True):
-            if not (t.is_contiguous() and g.is_contiguous() and t.is_cpu and t.dtype == g.dtype == torch.float32 and t.numel() == size):
+            same = t.numel() == size and t.is_cpu and t.dtype == g.dtype == torch.float32
+            if not (same and t.is_contiguous() and g.is_contiguous() and not g.is_neg()):
                 return False
         self.pointers[:count] = [t.data_ptr() for t in self.tensors]
         self.pointers[count : 2 * count] = [g.data_ptr() for g in grads]
