@@ -84,6 +84,9 @@ class Group:
     def _prepare(self) -> None:
         """What takes the steps, made anew where the rule has changed."""
         self._stepper = step.Step(self.nodes, self.last, self.tower["skipped"][0], compile=self.compile)
+        for node in self.nodes.values() if self.compile else ():
+            if node.level:  # nobody can assign these, and arguments of compiled code are dear
+                node.constants = {n: (float(v), float(node.complements[n])) for n, v in node.live.items() if not v.dim()}
         self._native = native.source(self.root, self.params) if self.compile and not self.spec.maximize else None
         self._passes: dict[Any, native.Passes] = {}
 

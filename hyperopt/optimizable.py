@@ -72,6 +72,7 @@ class Optimizable:
         self.trust, self.feasible, self.anchor = trust, feasible, anchor
         self._raw = self._split()
         self.kernel: Kernel | None = None
+        self.constants: dict[str, tuple[float, float]] = {}  # in compiled code, of held hyperparameters: value and 1 − value
         self.q: Raw = {}
         self.resets = next(iter(live.values())).new_zeros(())
         self.run: Run = call
@@ -228,7 +229,7 @@ class Optimizable:
                 return given[name]
             if name not in self.live:
                 raise AttributeError(f"{type(self.rule).__name__} declares no hyperparameter {name!r}: it has {', '.join(self.live)}")
-            v = self.domains[name].value(raw[name]) if name in raw else self.live[name]
+            v = self.domains[name].value(raw[name]) if name in raw else self._held(name)[0]
             if name in self._assigned:
                 a = self._assigned[name]
                 v = torch.where(a.boundary, a.value, v + a.shift)
@@ -237,9 +238,15 @@ class Optimizable:
         def one_minus(name: str) -> Tensor:
             if name in self._assigned:
                 return complement(value(name))
-            return part.spread(name, self.domains[name].complement(raw[name]) if name in raw else self.complements[name])
+            return part.spread(name, self.domains[name].complement(raw[name]) if name in raw else self._held(name)[1])
 
         return Values(value, one_minus)
+
+    def _held(self, name: str) -> tuple[Tensor, Tensor]:
+        if name in self.constants and torch.compiler.is_compiling():
+            value, complement = (torch.full((), v, dtype=self.resets.dtype, device=self.resets.device) for v in self.constants[name])
+            return value, complement
+        return self.live[name], self.complements[name]
 
     def separable(self) -> bool:
         """Whether parts of x can be stepped one after the other."""
