@@ -71,7 +71,8 @@ def fade(anchor: Tensor, log_lr: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_finite(number: Tensor) -> Tensor:
     """1. where a 0-d tensor is finite, 0. otherwise; torch's own takes four times as long."""
-    return (number * 0 == 0).to(number.dtype)
+    # number·0 == 0 would do, but torch 2.11 compiles number·0 to 0.
+    return (number.abs() <= torch.finfo(number.dtype).max).to(number.dtype)
 
 
 def finite(sums: Sequence[Tensor], like: Tensor) -> Tensor:
