@@ -41,15 +41,17 @@ class Compiled:
             return function(*args)
         key = key, torch.get_num_threads()  # which is a constant in compiled code
         fused = self.fused.get(key)
-        if fused is not None:
-            return fused(*args)
-        # Loops of a thousand elements are not worth waking a second thread for; a high tower's numbers are one kernel, not a few.
-        options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192, "max_fusion_size": 1024}
-        fused = self.fused[key] = torch.compile(_alone(function), fullgraph=True, options=options)
         try:
+            if fused is not None:
+                return fused(*args)
+            # Loops of a thousand elements are not worth waking a second thread for; a high tower's numbers are one kernel, not a few.
+            options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192, "max_fusion_size": 1024}
+            fused = torch.compile(_alone(function), fullgraph=True, options=options)
             # A function that has other shapes than one of its name before is compiled for these. dynamic=False would say so in every call.
             with self.config.patch(automatic_dynamic_shapes=False):
-                return fused(*args)
+                found = fused(*args)
+            self.fused[key] = fused
+            return found
         except self.errors as error:
             # Compilation fails before anything has run, so the step can be taken again.
             warnings.warn(f"torch.compile does not work here, this optimizer goes on without it: {error}", RuntimeWarning, stacklevel=2)

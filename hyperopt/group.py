@@ -14,6 +14,8 @@ from .hypergradients import Graph
 from .rule import check
 from .tower import Hyper
 
+FEW = 8  # sets of parameters that have a gradient together, of which the passes are kept
+
 
 class Group:
     """One parameter group and the tower that trains it.
@@ -85,9 +87,10 @@ class Group:
         """What takes the steps, made anew where the rule has changed."""
         self._stepper = step.Step(self.nodes, self.last, self.tower["skipped"][0], compile=self.compile)
         for node in self.nodes.values() if self.compile else ():
-            if node.level:  # nobody can assign these, and arguments of compiled code are dear
-                node.constants = {n: (float(v), float(node.complements[n])) for n, v in node.live.items() if not v.dim()}
-        self._native = native.source(self.root, self.params) if self.compile and not self.spec.maximize else None
+            if node.level:  # not watched for assignment as those of level 0 are, and arguments of compiled code are dear
+                held = {n: v for n, v in node.live.items() if n not in node.raw and not v.dim()}
+                node.constants = {n: (float(v), float(node.complements[n])) for n, v in held.items()}
+        self._native = native.source(self.root, self.params, maximize=self.spec.maximize) if self.compile else None
         self._passes: dict[Any, native.Passes] = {}
 
     def _to(self, value: Tensor) -> Tensor:
@@ -158,7 +161,10 @@ class Group:
             raise ValueError(f"{name} = {value!r} is {rounded:g} in {self.dtype}, on the bound of {domain!r}: give a value farther inside")
 
     def collect(self) -> bool:
-        """Choose the chunks that have a gradient and gather those, where that is needed; whether there are any."""
+        """Notice what was assigned, choose the chunks that have a gradient, and gather those or take the first pass of a step by hand.
+
+        Returns whether there are any.
+        """
         self._notice()
         fresh = [p for p in self.params if p.grad is not None and "t" not in self.state.get(p, {})]
         mixed = [c for c in self.chunks if len({p.grad is None for p in c.tensors}) > 1]
@@ -185,14 +191,15 @@ class Group:
         if self._native is None or not chunks or not all("lr" in chunk.tangents for chunk in chunks):
             return None
         key = tuple(chunk.serial for chunk in chunks)
-        if key not in self._passes:
+        passes = self._passes.get(key)
+        if passes is None or not passes.stand():
             library = native.load(self._native.path)
             if library is None:
                 self._native = None
                 return None
-            tensors = [p for chunk in chunks for p in chunk.tensors]
-            self._passes = {key: native.Passes(library, self._native, self.root, tensors, [self.state[p] for p in tensors])}
-        passes = self._passes[key]
+            if len(self._passes) >= FEW:
+                self._passes.clear()
+            passes = self._passes[key] = native.Passes(library, self._native, self.root, chunks)
         return passes if passes.look(grads) else None
 
     def hold_out(self, grads: Mapping[Tensor, Tensor | None], key: str) -> None:
@@ -252,7 +259,8 @@ class Group:
             self.watched.add(name)
             self.tower["watched"] = sorted(self.watched)
             self.root.complements[name] = complement(mine)
-            self._passes = {}
+            if name != "lr":
+                self._passes.clear()
             if name in self.zeros and bool(mine != 0):
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
                 self.zeros.remove(name)

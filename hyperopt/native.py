@@ -1,10 +1,10 @@
 """A hand-made step on a CPU: two passes over the weights in C++, and between them the levels above, which are numbers."""
 
 import ctypes
-import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .hypergradients import Displacement
 from .rule import Native
 
 if TYPE_CHECKING:
+    from .engine import Chunk
     from .optimizable import Optimizable
 
 BLOCK = 2**13  # elements of a tensor that one thread takes at a time; few enough to share 100,000 out evenly
@@ -20,68 +21,84 @@ BLOCK = 2**13  # elements of a tensor that one thread takes at a time; few enoug
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
 
 
-def source(node: "Optimizable", tensors: Sequence[Tensor]) -> Native | None:
+_libraries: dict[Path, ctypes.CDLL] = {}
+
+
+def source(node: "Optimizable", tensors: Sequence[Tensor], *, maximize: bool) -> Native | None:
     """The hand-made step of a node with these weights, if there is one: on a CPU, in float32, for lr alone, one for all weights."""
-    alone = isinstance(node.strategy, Displacement) and node.feasible is None and not node.raw["lr"].dim()
+    alone = isinstance(node.strategy, Displacement) and node.feasible is None and not node.raw["lr"].dim() and not maximize
     plain = all(type(t.data) is Tensor and t.is_cpu and t.dtype == torch.float32 for t in tensors)
     return node.rule.native() if alone and plain else None
 
 
-@functools.cache
 def load(path: Path) -> ctypes.CDLL | None:
-    """The functions of a source, compiled as torch.compile compiles its own; None where no compiler works, as it will say itself."""
+    """The functions of a source, compiled as torch.compile compiles its own; None where that fails: the step is left to it then."""
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
+    if path in _libraries:
+        return _libraries[path]
     try:
-        library = CppCodeCache.load(path.read_text(), extra_flags=FLAGS)
+        library = CppCodeCache.load(path.read_text(encoding="utf-8"), extra_flags=FLAGS)
     except (CppCompileError, InvalidCxxCompiler, OSError):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.look.argtypes = [number, number, number, pointer, number, pointer, pointer, pointer, pointer]
     library.take.argtypes = [number, number, pointer, number, pointer, pointer, pointer]
     library.look.restype = library.take.restype = None
+    _libraries[path] = library
     return library
 
 
 class Passes:
-    """The two passes over these weights.
+    """The two passes over the weights of these chunks, where they lie.
 
     Args:
         library: as `load` found it.
         made: what the rule says of it.
         node: whose weights they are.
-        tensors: the weights.
-        records: for each its state and tangents.
+        chunks: those that have a gradient, with the tangents of lr.
     """
 
-    def __init__(self, library: ctypes.CDLL, made: Native, node: "Optimizable", tensors: Sequence[Tensor], records: Sequence[Any]) -> None:
-        self.library, self.tensors = library, list(tensors)
-        # What the pointers below point to has to stay.
-        self.read = [node.complements[name] for name in made.complements] + [node.live[name] for name in made.values]
-        self.kept = [[record[key] for record in records] for key in (*made.state, "Z.lr", "t")]
-        count = len(self.tensors)
-        self.pointers = (ctypes.c_void_p * ((2 + len(self.kept)) * count))()
-        self.pointers[2 * count :] = [buffer.data_ptr() for buffers in self.kept for buffer in buffers]
-        self.values = (ctypes.c_void_p * len(self.read))(*(value.data_ptr() for value in self.read))
+    def __init__(self, library: ctypes.CDLL, made: Native, node: "Optimizable", chunks: Sequence["Chunk"]) -> None:
+        self.library, self.tensors = library, [t for chunk in chunks for t in chunk.tensors]
         self.sizes = [t.numel() for t in self.tensors]
+        count = len(self.tensors)
+        self.read = [node.complements[name] for name in made.complements] + [node.live[name] for name in made.values]
+        self.kept = [[*(chunk.state[key] for key in made.state), chunk.tangents["lr"]["x"], chunk.t] for chunk in chunks]
+        self.plain = all(buffer.is_contiguous() for buffers in self.kept for buffer in buffers)
+        self.places = self._places()
+        rows = []
+        for chunk, (*buffers, t) in zip(chunks, self.kept, strict=True):
+            ends = list(itertools.accumulate((4 * size.numel() for size in chunk.tensors), initial=0))
+            rows += [[*(buffer.data_ptr() + at for buffer in buffers), t.data_ptr()] for at in ends[:-1]]
+        self.pointers = (ctypes.c_void_p * (2 * count + len(rows[0]) * count))()
+        self.pointers[2 * count :] = [pointer for column in zip(*rows, strict=True) for pointer in column]
+        self.values = (ctypes.c_void_p * len(self.read))(*(value.data_ptr() for value in self.read))
         blocks = [(i, at, min(BLOCK, size - at)) for i, size in enumerate(self.sizes) for at in range(0, size, BLOCK)]
-        self.blocks = torch.tensor(blocks)
-        self.partial = torch.empty(4 * len(blocks), dtype=torch.float64)
-        self.sums, self.orders = torch.empty(4), torch.empty(3)
+        # Not of the dtype and on the device that a user may have made the default.
+        self.blocks = torch.tensor(blocks, dtype=torch.int64, device="cpu")
+        self.partial = torch.empty(4 * len(blocks), dtype=torch.float64, device="cpu")
+        self.sums, self.orders = (torch.empty(size, dtype=torch.float32, device="cpu") for size in (4, 3))
         table = len(blocks), self.blocks.data_ptr(), count, ctypes.addressof(self.pointers)
         self.look_at = int(node.projects()), *table, ctypes.addressof(self.values), self.partial.data_ptr(), self.sums.data_ptr()
         self.take_at = *table, ctypes.addressof(self.values), self.orders.data_ptr()
 
+    def stand(self) -> bool:
+        """Whether state and hyperparameters are where they were: sharing a tensor with another process moves what it holds."""
+        return self.places == self._places()
+
     def look(self, grads: Sequence[Tensor]) -> bool:
         """Put Σg, Σg·Z, and where trust needs them Σx² and Σd² at lr = 1 into `sums`; False where memory does not lie as it must."""
-        count = len(self.tensors)
         for t, g, size in zip(self.tensors, grads, self.sizes, strict=True):
-            same = t.numel() == size and t.is_cpu and t.dtype == g.dtype == torch.float32
-            if not (same and t.is_contiguous() and g.is_contiguous() and not g.is_neg()):
+            same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
+            if not (same and t.is_contiguous() and g.is_contiguous() and type(g) is Tensor and not g.is_neg()):
                 return False
-        self.pointers[:count] = [t.data_ptr() for t in self.tensors]
-        self.pointers[count : 2 * count] = [g.data_ptr() for g in grads]
+        xs, gs = [t.data_ptr() for t in self.tensors], [g.data_ptr() for g in grads]
+        if not (self.plain and all(xs) and all(gs)) or len(set(xs)) < len(xs):
+            return False  # what is empty, all zeros without memory, or two parameters in one
+        count = len(self.tensors)
+        self.pointers[: 2 * count] = xs + gs
         self.library.look(torch.get_num_threads(), *self.look_at)
         return True
 
@@ -89,3 +106,6 @@ class Passes:
         """Take the step that `orders` say: whether it counts, lr, and the factor on tangents; the gradients are those of `look`."""
         self.library.take(torch.get_num_threads(), *self.take_at)
         torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
+
+    def _places(self) -> list[int]:
+        return [buffer.data_ptr() for buffers in (self.read, *self.kept) for buffer in buffers]

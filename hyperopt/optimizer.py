@@ -27,7 +27,7 @@ class HyperOptimizer(Optimizer):
     Args:
         tower: the specification.
         params: tensors, named tensors or group dicts.
-        compile: fuse each step with torch.compile.
+        compile: fuse each step with torch.compile; on a CPU the most used one is made by hand.
         hyper_every: step the levels above only on every k-th step.
 
     Raises:

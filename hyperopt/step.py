@@ -20,7 +20,7 @@ WHOLE = 3
 
 
 class Step:
-    """Takes the steps of a tower whose tensors and gradients are gathered.
+    """Takes the steps of a tower whose tensors and gradients are gathered, or looked at by the first pass of a step by hand.
 
     Args:
         nodes: of the tower, by their labels.
@@ -56,13 +56,14 @@ class Step:
             passes: what takes the step by hand, after its first pass.
         """
         chunks = self.root.chunks
-        kind = watched, learn, q is None, ok is None
+        numel = sum(chunk.numel for chunk in chunks)
+        kind = watched, learn, q is None, ok is None, len(chunks), numel
         if passes is not None:
-            kind = kind, tuple(chunk.serial for chunk in chunks)
+            kind = "by hand", kind
             self._run(kind, self._between, passes.sums, passes.orders, ok, watched, learn, q)
             passes.take()
             return
-        whole = len(chunks) <= WHOLE and sum(chunk.numel for chunk in chunks) <= CAPACITY
+        whole = len(chunks) <= WHOLE and numel <= CAPACITY
         kind = kind, tuple(_memory(chunk, g) for chunk, g in zip(chunks, gs, strict=True)) if whole else None
         fused = self._steady.get(kind) == self._tangents()
         for chunk in chunks:

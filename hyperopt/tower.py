@@ -130,7 +130,7 @@ class Hyper:
         Args:
             params: tensors, named tensors or group dicts, as for torch.optim; a group may give its own values. None for a
                 tower made from a live optimizer.
-            compile: fuse each step with torch.compile.
+            compile: fuse each step with torch.compile; on a CPU the most used one is made by hand.
             hyper_every: step the levels above only on every k-th step.
 
         Raises:

@@ -261,6 +261,41 @@ def test_what_changes_between_steps(whole, monkeypatch):
     assert pairs[1][1].skipped == {"gradients": 1, "hypergradients": 0}
 
 
+@pytest.mark.usefixtures("generic")
+@pytest.mark.parametrize("missing", [(3, 3), (0, 3)], ids=["one chunk less", "another chunk less"])
+def test_stages_are_those_of_as_many_chunks_and_weights(missing, monkeypatch):
+    """A parameter that loses its gradient for good, and then another in its place: what is compiled knows how many there are."""
+    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
+    monkeypatch.setattr("hyperopt.group.LARGE", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
+    pairs = []
+    for c in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n, 3)) for n in (2, 3, 4, 500)]
+        pairs.append((params, Hyper(Adam, lr=10.0, learn=("lr", "beta1")).stack(Adam).bind(params, compile=c)))
+    for at in range(30):
+        for params, optimizer in pairs:
+            generator = torch.Generator().manual_seed(at)
+            for i, p in enumerate(params):
+                grad = torch.randn(p.shape, generator=generator)
+                p.grad = None if at >= 10 and i == missing[at >= 20] else grad
+            optimizer.step()
+    assert_equal(*pairs, torch.float32)
+
+
+def test_a_compiler_that_stops_working_is_given_up_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    pairs = [bound("Adam / Adam", compile=c) for c in (False, True)]
+    train(8, *pairs)
+    torch._dynamo.reset()
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}),
+        pytest.warns(RuntimeWarning, match="goes on without it"),
+    ):
+        train(8, *pairs)
+    assert_equal(*pairs, torch.float32)
+
+
 BRANCHES = "Adam(learn=(lr, beta1)) / {lr: Adam, beta1: SGD}"
 
 

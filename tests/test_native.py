@@ -1,5 +1,6 @@
 """The step by hand is the eager one in two passes: equal to it in all that is changed, and left out where it does not fit."""
 
+import contextlib
 import copy
 import math
 
@@ -19,6 +20,7 @@ TOWERS = [
     "AdamW(lr=0.01, weight_decay=0.3) / SGD",
     "Adam(lr=10.0, beta1=0.5, beta2=0.9, eps=0.1) / Adam / Adam",  # trust is at work in every step
     "Adam(lr=0.01, horizon=1) / Adam",
+    "Adam(lr=0.01, beta2=0.0, eps=0.001) / Adam",
 ]
 
 
@@ -32,6 +34,110 @@ def test_is_the_eager_step(text):
     train(STEPS, eager, fused)
     assert by_hand(fused[1]) == [True]
     assert_equal(eager, fused, torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_not_that_of_its_numbers(default):
+    eager, fused = (bound("Adam(lr=0.01) / SGD", compile=c) for c in (False, True))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for at in range(12):
+            for params, optimizer in (eager, fused):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(at), dtype=torch.float32)
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert by_hand(fused[1]) == [True]
+    assert_equal(eager, fused, torch.float32)
+
+
+def test_a_second_moment_is_not_cancelled():
+    """With beta2 = 0 the second moment is the last gradient's square, also where the one before was a million times as large."""
+    runs = [bound("Adam(lr=0.01, beta2=0.0, trust=None) / Adam", compile=c) for c in (False, True)]
+    for params, optimizer in runs:
+        for at in range(8):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 if at < 7 else 1e-5)
+            optimizer.step()
+        torch.testing.assert_close(optimizer.state[params[0]]["v"], torch.full((7, 5), 1e-10))
+    assert_equal(*runs, torch.float32)
+
+
+def test_a_weight_that_is_infinite_stays_so():
+    runs = [bound(TOWERS[1], compile=c) for c in (False, True)]
+    for params, optimizer in runs:
+        train(4, (params, optimizer))
+        params[0].data[0, 0] = -math.inf
+        for p in params:
+            p.grad = torch.ones_like(p)
+        params[0].grad[0, 0] = 0.0
+        optimizer.step()
+        assert params[0][0, 0] == -math.inf
+    torch.testing.assert_close(*(params for params, _ in runs))
+
+
+def test_state_that_was_moved_in_memory_is_found():
+    """Sharing a tensor with another process moves its storage, under the same tensor."""
+    runs = [bound(TOWERS[2], compile=c) for c in (False, True)]
+    train(6, *runs)
+    for value in (*runs[1][1].state_dict()["state"][0].values(), *runs[1][1].param_groups[0].values()):
+        if isinstance(value, torch.Tensor):
+            value.share_memory_()
+    train(6, *runs)
+    assert by_hand(runs[1][1]) == [True]
+    assert_equal(*runs, torch.float32)
+
+
+def test_tangents_that_lie_otherwise_are_left_to_torch():
+    runs = []
+    for c in (False, True):
+        w = nn.Parameter(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last))
+        runs.append(([w], Hyper.parse(TOWERS[0]).bind([w], compile=c)))
+    train(4, *runs)
+    for params, _ in runs:
+        params[0].data = params[0].data.contiguous()
+    train(4, *runs)
+    assert by_hand(runs[1][1]) == [False]
+    assert_equal(*runs, torch.float32)
+
+
+def test_a_gradient_without_memory_is_left_to_torch():
+    fused = bound(TOWERS[0], compile=True)
+    train(4, fused)
+    for p in fused[0]:
+        p.grad = torch._efficientzerotensor(p.shape)
+    with contextlib.suppress(RuntimeError):  # it may say that it cannot write there
+        fused[1].step()
+    assert by_hand(fused[1]) == [False]
+
+
+def test_one_memory_for_two_parameters_is_left_to_torch():
+    runs = []
+    for c in (False, True):
+        w = nn.Parameter(torch.ones(5))
+        params = [w, nn.Parameter(w.data)]
+        runs.append((params, Hyper.parse(TOWERS[0]).bind(params, compile=c)))
+    train(6, *runs)
+    assert by_hand(runs[1][1]) == [False]
+    torch.testing.assert_close(*(params for params, _ in runs))
+
+
+def test_a_scheduler_and_changing_sets_of_gradients_compile_a_few_times():
+    params, optimizer = bound(TOWERS[0], compile=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+    generator = torch.Generator().manual_seed(0)
+    for at in range(60):
+        step(params, optimizer, at)
+        if at > 20:
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator) if torch.rand((), generator=generator) < 0.5 else None
+            optimizer.step()
+        schedule.step()
+    stepper = optimizer._groups()[0]._stepper
+    assert len(optimizer._groups()[0]._passes) <= 8
+    assert len(stepper.compiled.fused) <= 12  # a chunk each for three parameters, in all combinations, watched or not
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -17,14 +17,25 @@ namespace {
 enum { X, G, M, V, Z, T };                          // what there is of each tensor
 enum { COMPLEMENT1, COMPLEMENT2, EPS, DECAY };      // 1 − beta1, 1 − beta2, eps, weight_decay
 
+// a + w·(b − a) for w up to a half, b − (1 − w)·(b − a) from there on, as torch's lerp: at w = 1 it is b.
+struct Average {
+    bool late;
+    float weight;
+
+    explicit Average(float w) : late(w >= 0.5f), weight(late ? w - 1 : w) {}
+    float operator()(float a, float b) const { return (late ? b : a) + weight * (b - a); }
+};
+
 struct Step {
-    float beta1, beta2, eps, size, decay;
+    Average first, second;
+    float eps, size, decay;
 
     // With both corrections of bias moved to the numbers, as in adam.py.
-    Step(const float* const* values, float t) : beta1(*values[COMPLEMENT1]), beta2(*values[COMPLEMENT2]), decay(*values[DECAY]) {
-        float root = std::sqrt(-std::expm1(t * std::log1p(-beta2)));
+    Step(const float* const* values, float t)
+        : first(*values[COMPLEMENT1]), second(*values[COMPLEMENT2]), decay(*values[DECAY]) {
+        float root = std::sqrt(-std::expm1(t * std::log1p(-*values[COMPLEMENT2])));
         eps = *values[EPS] * root;
-        size = root / -std::expm1(t * std::log1p(-beta1));
+        size = root / -std::expm1(t * std::log1p(-*values[COMPLEMENT1]));
     }
 };
 
@@ -44,7 +55,7 @@ struct Block {
 inline float square(float g) { return std::min(g * g, FLT_MAX); }
 
 inline float direction(const Step& s, float m, float v, float x) {
-    return s.size * m / (std::sqrt(std::max(v, FLT_MIN)) + s.eps) + s.decay * x;
+    return s.size * m / (std::sqrt(std::max(v, FLT_MIN)) + s.eps) + (s.decay != 0 ? s.decay * x : 0);
 }
 
 }  // namespace
@@ -60,7 +71,7 @@ extern "C" void look(int64_t threads, int64_t far, int64_t blocks, const int64_t
         if (far) {
 #pragma omp simd reduction(+ : total, inner, weights, moves)
             for (int64_t i = 0; i < at.n; i++) {
-                float d = direction(s, m[i] + s.beta1 * (g[i] - m[i]), v[i] + s.beta2 * (square(g[i]) - v[i]), x[i]);
+                float d = direction(s, s.first(m[i], g[i]), s.second(v[i], square(g[i])), x[i]);
                 total += g[i], inner += g[i] * z[i], weights += x[i] * x[i], moves += d * d;
             }
         } else {
@@ -89,8 +100,8 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
         const float* __restrict__ g = at.g;
 #pragma omp simd
         for (int64_t i = 0; i < at.n; i++) {
-            m[i] += s.beta1 * (g[i] - m[i]);
-            v[i] += s.beta2 * (square(g[i]) - v[i]);
+            m[i] = s.first(m[i], g[i]);
+            v[i] = s.second(v[i], square(g[i]));
             float move = -lr * direction(s, m[i], v[i], x[i]);
             z[i] = (std::fabs(z[i]) <= FLT_MAX ? kept * z[i] : 0) + move;
             x[i] += move;
