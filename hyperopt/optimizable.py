@@ -51,6 +51,8 @@ class Optimizable:
         trust: the largest relative change of x in one step at level 0, the largest change of a raw value above it; or None.
         feasible: the set in which x stays, if there is one.
         anchor: what `guards.fade` remembers of lr.
+        anchors: what `guards.drift` remembers of each hyperparameter that is learned beside it.
+        paced: those of them whose raw value moves by no more than `guards.PACE` in a step.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Optimizable:
         trust: float | None,
         feasible: Feasible | None,
         anchor: Tensor,
+        anchors: dict[str, Tensor],
+        paced: Sequence[str],
     ) -> None:
         self.level, self.rule, self.chunks, self.live, self.complements = level, rule, chunks, live, complements
         self.domains, self.above, self.strategy = domains, above, strategy
-        self.trust, self.feasible, self.anchor = trust, feasible, anchor
+        self.trust, self.feasible, self.anchor, self.anchors, self.paced = trust, feasible, anchor, anchors, paced
         self._raw = self._split()
         self.kernel: Kernel | None = None
         self.constants: dict[str, tuple[float, float]] = {}  # in compiled code, of held hyperparameters: value and 1 − value
@@ -140,12 +144,20 @@ class Optimizable:
             self.resets.add_(ok - fine)
             started = guards.combined([chunk.t for chunk in self.chunks], torch.maximum, torch.amax)
             counts = fine * started.to(ok).clamp(max=1)
+            before = {name: self.raw[name].clone() for name in self.paced}
             for names, node in self.above:
                 flat = q[names[0]].reshape(-1) if len(names) == 1 else torch.cat([q[n].reshape(-1) for n in names])
                 node.step([flat.nan_to_num(0.0, 0.0, 0.0)], counts)
+            for name, r in before.items():
+                self.raw[name].clamp_(r - guards.PACE, r + guards.PACE)
             keep = {name: h * gamma for name, h in healthy.items()}
             self.q = q
-        return self._settle(written), keep
+        raw = self._settle(written)
+        for name, anchor in self.anchors.items():
+            factor, place = guards.drift(anchor, self.domains[name].natural(raw[name]))
+            anchor.lerp_(place, ok)
+            keep = {**keep, name: keep[name] * factor}
+        return raw, keep
 
     def measure(self, batch: "list[Part]", raw: Raw) -> list[tuple[Tensor, Tensor]]:
         """For every part how far the step at `raw` would take what lr moves, and how large that is."""

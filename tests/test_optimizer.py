@@ -242,7 +242,8 @@ def test_an_assigned_lr_is_used_to_the_last_bit(value):
 
 @pytest.mark.parametrize("assign", ASSIGN)
 def test_a_beta_that_was_assigned_and_learned_on_is_used_with_its_own_complement(assign):
-    model, optimizer = bound(Hyper(Adam, lr=1e-3, learn=("lr", "beta1")).stack(Adam, lr=0.3, trust=None), torch.float64)
+    tower = Hyper(Adam, lr=1e-3, learn=("lr", "beta1"), trust=None).stack(Adam, lr=0.3, trust=None)
+    model, optimizer = bound(tower, torch.float64)
     train(model, optimizer, range(3))
     assign(optimizer.param_groups[0], "beta1", 0.5)
     train(model, optimizer, range(3, 6))
