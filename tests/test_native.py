@@ -125,19 +125,18 @@ def test_one_memory_for_two_parameters_is_left_to_torch():
 
 
 def test_a_scheduler_and_changing_sets_of_gradients_compile_a_few_times():
-    params, optimizer = bound(TOWERS[0], compile=True)
+    params = [nn.Parameter(torch.randn(5)) for _ in range(6)]
+    optimizer = Hyper.parse(TOWERS[0]).bind(params, compile=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
     generator = torch.Generator().manual_seed(0)
-    for at in range(60):
-        step(params, optimizer, at)
-        if at > 20:
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=generator) if torch.rand((), generator=generator) < 0.5 else None
-            optimizer.step()
+    for at in range(80):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator) if at < 2 or torch.rand((), generator=generator) < 0.5 else None
+        optimizer.step()
         schedule.step()
-    stepper = optimizer._groups()[0]._stepper
-    assert len(optimizer._groups()[0]._passes) <= 8
-    assert len(stepper.compiled.fused) <= 12  # a chunk each for three parameters, in all combinations, watched or not
+    group = optimizer._groups()[0]
+    assert len(group._passes) <= 8
+    assert 3 <= len(group._stepper.compiled.fused) <= 6  # one for each number of parameters
 
 
 @pytest.mark.parametrize("threads", [1, 2])
