@@ -290,7 +290,7 @@ def draw(store: study.Store, path: Path) -> None:
         _courses(axes, store, [row for row in ROWS if row.rule is rule and row.above and row.beta2 == 0.999])
     figure.suptitle("Table 1 of Gradient Descent: The Ultimate Optimizer on MNIST, and what each tower learned")
     figure.supxlabel(store.caption(), fontsize=7)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72)
 
 
 def _courses(axes: Axes, store: study.Store, rows: Iterable[Row]) -> None:
