@@ -60,10 +60,6 @@ class Domain(ABC):
         value = self.value(raw).abs()
         return value.clamp_min(torch.finfo(value.dtype).tiny).log()
 
-    def natural(self, raw: Tensor) -> Tensor:
-        """The logarithm of the value, in an interval the logit: a number of which equal moves mean as much everywhere."""
-        return self.log_size(raw)
-
     def inside(self, value: float) -> bool:
         """Whether `value` lies strictly inside, where it can be learned."""
         low, high = self.bounds()
@@ -148,9 +144,6 @@ class Interval(Domain):
         if self.bounds() == (0, 1):
             return (-raw).sigmoid()
         return (1 - self.high) + (self.high - self.low) * (-raw).sigmoid()
-
-    def natural(self, raw: Tensor) -> Tensor:
-        return raw
 
     def bounds(self) -> tuple[float, float]:
         return self.low, self.high

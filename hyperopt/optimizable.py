@@ -51,8 +51,7 @@ class Optimizable:
         trust: the largest relative change of x in one step at level 0, the largest change of a raw value above it; or None.
         feasible: the set in which x stays, if there is one.
         anchor: what `guards.fade` remembers of lr.
-        anchors: what `guards.drift` remembers of each hyperparameter that is learned beside it.
-        paced: those of them whose raw value moves by no more than `guards.PACE` in a step.
+        paced: the learned hyperparameters whose raw value moves by no more than `guards.PACE` in a step.
     """
 
     def __init__(
@@ -68,12 +67,11 @@ class Optimizable:
         trust: float | None,
         feasible: Feasible | None,
         anchor: Tensor,
-        anchors: dict[str, Tensor],
         paced: Sequence[str],
     ) -> None:
         self.level, self.rule, self.chunks, self.live, self.complements = level, rule, chunks, live, complements
         self.domains, self.above, self.strategy = domains, above, strategy
-        self.trust, self.feasible, self.anchor, self.anchors, self.paced = trust, feasible, anchor, anchors, paced
+        self.trust, self.feasible, self.anchor, self.paced = trust, feasible, anchor, paced
         self._raw = self._split()
         self.kernel: Kernel | None = None
         self.constants: dict[str, tuple[float, float]] = {}  # in compiled code, of held hyperparameters: value and 1 − value
@@ -152,12 +150,7 @@ class Optimizable:
                 self.raw[name].clamp_(r - guards.PACE, r + guards.PACE)
             keep = {name: h * gamma for name, h in healthy.items()}
             self.q = q
-        raw = self._settle(written)
-        for name, anchor in self.anchors.items():
-            factor, place = guards.drift(anchor, self.domains[name].natural(raw[name]))
-            anchor.lerp_(place, ok)
-            keep = {**keep, name: keep[name] * factor}
-        return raw, keep
+        return self._settle(written), keep
 
     def measure(self, batch: "list[Part]", raw: Raw) -> list[tuple[Tensor, Tensor]]:
         """For every part how far the step at `raw` would take what lr moves, and how large that is."""

@@ -53,16 +53,8 @@ def _node(
     lr = live["lr"] if "lr" in live else torch.ones_like(next(iter(live.values())))
     record["anchor"] = record["anchor"].to(lr) if "anchor" in record else lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
     made, trust = strategy(spec, rule), spec.trust_at(level)
-    # Where trust is off a horizon is what it is defined to be, and the level above moves things as it likes.
-    beside = [name for names in spec.above for name in names if name != "lr"] if trust is not None else []
-    anchors = record.setdefault("anchors", {})
-    for name in beside:
-        place = domains[name].natural(domains[name].raw(live[name]))
-        anchors[name] = anchors[name].to(place) if name in anchors else place.clone()
-    drifting = {name: anchors[name] for name in beside if made.gamma}
-    paced = [name for name in beside if isinstance(domains[name], Interval)]
-    anchor = record["anchor"]
-    nodes[label] = Optimizable(level, rule, chunks, live, complements, domains, above, made, trust, spec.project, anchor, drifting, paced)
+    paced = [name for names in spec.above for name in names if trust is not None and name != "lr" and isinstance(domains[name], Interval)]
+    nodes[label] = Optimizable(level, rule, chunks, live, complements, domains, above, made, trust, spec.project, record["anchor"], paced)
     nodes[label].kernel = kernel(spec, nodes[label])
     return nodes[label]
 

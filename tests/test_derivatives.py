@@ -140,28 +140,21 @@ def replay(node, steps, shift):
     return out
 
 
-def fading(node, steps, name, index):
-    """By how much the guards against a falling lr, and against what else has moved, multiply tangents before each step."""
-    if node.trust is None:
+def fading(node, steps, index):
+    """By how much the guard against a falling lr multiplies tangents before each step."""
+    if not node.projects():
         return [1.0] * len(steps)
-    # The logarithm, or the logit, of the value.
-    scale = getattr(node.rule.declared()[name].domain, "scale", 1.0)
-    places = [scale * float(step.raw[name][index]) for step in steps]
-    factors, anchor = [], scale * float(steps[0].given[name][index])
-    for place in places:
-        before = anchor
-        if name == "lr":  # it may fall by 1, and rise
-            anchor = min(max(anchor, place), place + 1)
-            factors.append(math.exp(min(0.0, 4 * (anchor - before))))
-        else:  # anything else may move by a half, either way
-            anchor = min(max(anchor, place - 0.5), place + 0.5)
-            factors.append(math.exp(-4 * abs(anchor - before)))
+    factors, anchor = [], float(steps[0].given["lr"][index])  # log lr, from the first value on
+    for step in steps:
+        log = float(step.raw["lr"][index])
+        before, anchor = anchor, min(max(anchor, log), log + 1)
+        factors.append(math.exp(min(0.0, 4 * (anchor - before))))
     return factors
 
 
 def brute_force(node, steps, name, gamma, index=()):
     """The hypergradient of `name` (of one value, where there are several) at every step but the first."""
-    fades = fading(node, steps, name, index)
+    fades = fading(node, steps, index) if name == "lr" else [1.0] * len(steps)
     shift = torch.zeros_like(node.raw[name])
     shift[index] = H
     q = torch.zeros(len(steps), dtype=torch.float64)

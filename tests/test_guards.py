@@ -525,15 +525,6 @@ def test_a_value_is_scaled_and_exact_where_the_factor_is_1(domain):
     torch.testing.assert_close(half, domain.value(raw) / 2, rtol=1e-9, atol=0)
 
 
-def test_what_was_said_elsewhere_is_forgotten():
-    anchor = torch.zeros(5, dtype=torch.float64)
-    place = torch.tensor([-2.0, -0.5, 0.0, 0.25, 1.5], dtype=torch.float64)
-    factor, moved = guards.drift(anchor, place)
-    torch.testing.assert_close(factor, torch.tensor([math.exp(-6), 1, 1, 1, math.exp(-4)], dtype=torch.float64))
-    torch.testing.assert_close(moved, torch.tensor([-1.5, 0, 0, 0, 1], dtype=torch.float64))
-    assert guards.drift(moved, place)[0].eq(1).all()
-
-
 @pytest.mark.parametrize("above", [Hyper(Adam, lr=0.3), Hyper(SGD, lr=1e6)], ids=str)
 @pytest.mark.parametrize("trust", [0.03, None])
 def test_decays_go_at_their_own_pace(above, trust):
