@@ -1,6 +1,6 @@
 """Every row of Table 1 of Gradient Descent: The Ultimate Optimizer, on MNIST: the paper's number beside ours.
 
-    python -m experiments.mnist_table --jobs 2       40 minutes on two cores; resumes where it was stopped
+    python -m experiments.mnist_table --jobs 2       70 minutes on two cores, beside other work; resumes where it was stopped
     python -m experiments.mnist_table --figures      the table and the figure from the results that are there
 
 Protocol: MLP 784-128-10, tanh, batch 256, inputs in [0, 1], cross entropy, 3 seeds; rows of SGD 30 epochs, the others 5, as in the paper.

@@ -193,13 +193,13 @@ class Group:
         key = tuple(chunk.serial for chunk in chunks)
         passes = self._passes.get(key)
         if passes is None or not passes.stand():
-            library = native.load(self._native.path)
-            if library is None:
+            functions = native.load(self._native.path)
+            if functions is None:
                 self._native = None
                 return None
             if len(self._passes) >= FEW:
                 self._passes.clear()
-            passes = self._passes[key] = native.Passes(library, self._native, self.root, chunks)
+            passes = self._passes[key] = native.Passes(functions, self._native, self.root, chunks)
         return passes if passes.look(grads) else None
 
     def hold_out(self, grads: Mapping[Tensor, Tensor | None], key: str) -> None:

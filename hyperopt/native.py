@@ -21,7 +21,7 @@ BLOCK = 2**13  # elements of a tensor that one thread takes at a time; few enoug
 FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
 
 
-_libraries: dict[Path, ctypes.CDLL] = {}
+_loaded: dict[Path, ctypes.CDLL] = {}
 
 
 def source(node: "Optimizable", tensors: Sequence[Tensor], *, maximize: bool) -> Native | None:
@@ -36,32 +36,32 @@ def load(path: Path) -> ctypes.CDLL | None:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    if path in _libraries:
-        return _libraries[path]
+    if path in _loaded:
+        return _loaded[path]
     try:
-        library = CppCodeCache.load(path.read_text(encoding="utf-8"), extra_flags=FLAGS)
+        functions = CppCodeCache.load(path.read_text(encoding="utf-8"), extra_flags=FLAGS)
     except (CppCompileError, InvalidCxxCompiler, OSError):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.look.argtypes = [number, number, number, pointer, number, pointer, pointer, pointer, pointer]
-    library.take.argtypes = [number, number, pointer, number, pointer, pointer, pointer]
-    library.look.restype = library.take.restype = None
-    _libraries[path] = library
-    return library
+    functions.look.argtypes = [number, number, number, pointer, number, pointer, pointer, pointer, pointer]
+    functions.take.argtypes = [number, number, pointer, number, pointer, pointer, pointer]
+    functions.look.restype = functions.take.restype = None
+    _loaded[path] = functions
+    return functions
 
 
 class Passes:
     """The two passes over the weights of these chunks, where they lie.
 
     Args:
-        library: as `load` found it.
+        functions: as `load` found it.
         made: what the rule says of it.
         node: whose weights they are.
         chunks: those that have a gradient, with the tangents of lr.
     """
 
-    def __init__(self, library: ctypes.CDLL, made: Native, node: "Optimizable", chunks: Sequence["Chunk"]) -> None:
-        self.library, self.tensors = library, [t for chunk in chunks for t in chunk.tensors]
+    def __init__(self, functions: ctypes.CDLL, made: Native, node: "Optimizable", chunks: Sequence["Chunk"]) -> None:
+        self.functions, self.tensors = functions, [t for chunk in chunks for t in chunk.tensors]
         self.sizes = [t.numel() for t in self.tensors]
         count = len(self.tensors)
         self.read = [node.complements[name] for name in made.complements] + [node.live[name] for name in made.values]
@@ -99,12 +99,12 @@ class Passes:
             return False  # what is empty, all zeros without memory, or two parameters in one
         count = len(self.tensors)
         self.pointers[: 2 * count] = xs + gs
-        self.library.look(torch.get_num_threads(), *self.look_at)
+        self.functions.look(torch.get_num_threads(), *self.look_at)
         return True
 
     def take(self) -> None:
         """Take the step that `orders` say: whether it counts, lr, and the factor on tangents; the gradients are those of `look`."""
-        self.library.take(torch.get_num_threads(), *self.take_at)
+        self.functions.take(torch.get_num_threads(), *self.take_at)
         torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
 
     def _places(self) -> list[int]:
