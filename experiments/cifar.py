@@ -27,17 +27,15 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import MultiStepLR
 
-from experiments import models, study
-from experiments.workloads import Workload, cifar10
+from experiments import study
+from experiments.workloads import Workload
 from hyperopt import SGD, Adam, Hyper, Real
 
 ALPHAS, MUS = (0.01, 0.1, 1.0), (0.09, 0.9, 0.99)
@@ -170,35 +168,7 @@ def _learned(axes: Axes, store: study.Store, what: str) -> None:
     study.finish(axes, fontsize=6, title="alpha, mu")
 
 
-def main(
-    model: Annotated[str, typer.Option(help=f"one of {', '.join(models.CIFAR)}")] = "resnet20",
-    images: Annotated[int, typer.Option(min=5, help="to train on, of 50,000; a fifth as many are tested on")] = 20_000,
-    epochs: Annotated[int, typer.Option(min=1)] = 2,
-    seeds: Annotated[int, typer.Option(min=1)] = 2,
-    steps: study.Steps = None,
-    jobs: study.Jobs = 1,
-    device: study.Device = "cpu",
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    log: study.Log = Path("runs/cifar"),
-    figures: study.Figures = False,
-) -> None:
-    """Run what is missing, print the table and draw the figure."""
-    if model not in models.CIFAR:
-        raise typer.BadParameter(f"{model!r} is none of {', '.join(models.CIFAR)}", param_hint="--model")
-    torch.set_num_threads(1)
-    workload = cifar10(model, images, epochs, steps)
-    store = study.Store(out / f"cifar_{model}.json", title=workload.title, steps=workload.steps, seeds=seeds, device=device)
-    store.forget(again or ())
-    if not figures:
-        # A test takes as long as a twelfth of an epoch.
-        store.complete(plan(workload, seeds, log / model, evaluations=max(1, epochs // 10), device=device), jobs)
-    study.publish(store, table(store), draw)
-
-
-# Plain click messages: an unknown model is one line, not a box.
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = study.cifar_app("cifar", 2, plan, table, draw)
 
 if __name__ == "__main__":
     app()

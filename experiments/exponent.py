@@ -26,16 +26,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import models, study
-from experiments.workloads import Workload, cifar10
+from experiments import study
+from experiments.workloads import Workload
 from hyperopt import Adam, Exponent, Hyper
 
 ETAS = {"1/3": 1 / 3, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "3": 3.0, "4": 4.0}
@@ -166,34 +164,7 @@ def _learned(axes: Axes, store: study.Store, method: str, what: str, maximum: bo
     study.finish(axes)
 
 
-def main(
-    model: Annotated[str, typer.Option(help=f"one of {', '.join(models.CIFAR)}")] = "resnet20",
-    images: Annotated[int, typer.Option(min=5, help="to train on, of 50,000; a fifth as many are tested on")] = 20_000,
-    epochs: Annotated[int, typer.Option(min=1)] = 1,
-    seeds: Annotated[int, typer.Option(min=1)] = 2,
-    steps: study.Steps = None,
-    jobs: study.Jobs = 1,
-    device: study.Device = "cpu",
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    log: study.Log = Path("runs/exponent"),
-    figures: study.Figures = False,
-) -> None:
-    """Run what is missing, print the table and draw the figure."""
-    if model not in models.CIFAR:
-        raise typer.BadParameter(f"{model!r} is none of {', '.join(models.CIFAR)}", param_hint="--model")
-    torch.set_num_threads(1)
-    workload = cifar10(model, images, epochs, steps)
-    store = study.Store(out / f"exponent_{model}.json", title=workload.title, steps=workload.steps, seeds=seeds, device=device)
-    store.forget(again or ())
-    if not figures:
-        store.complete(plan(workload, seeds, log / model, evaluations=max(1, epochs // 10), device=device), jobs)
-    study.publish(store, table(store), draw)
-
-
-# Plain click messages: an unknown model is one line, not a box.
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = study.cifar_app("exponent", 1, plan, table, draw)
 
 if __name__ == "__main__":
     app()

@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from experiments import data, provenance
-from experiments.workloads import Workload
+from experiments import data, models, provenance
+from experiments.workloads import Workload, cifar10
 from hyperopt import Hyper, HyperOptimizer, Recorder, Replay, batch_statistics
 
 # What is stepped after each backward, in this order: optimizers, then their schedulers.
@@ -474,3 +474,51 @@ def publish(store: Store, text: str, draw: Callable[[Store, Path], None]) -> Non
     store.path.with_suffix(".md").write_text(text)
     draw(store, store.path.with_suffix(".png"))
     print(text)
+
+
+def cifar_app(
+    script: str,
+    epochs: int,
+    plan: Callable[..., Mapping[str, Callable[[], dict[str, Any]]]],
+    table: Callable[[Store], str],
+    draw: Callable[[Store, Path], None],
+) -> typer.Typer:
+    """The command line of a script on CIFAR-10, with the networks of `models.CIFAR`.
+
+    Args:
+        script: its name, with which the names of its results begin.
+        epochs: the default.
+        plan: of the workload, the number of seeds, the folder of the logs and options of `train`: every run.
+        table: the results in Markdown.
+        draw: the figure.
+    """
+
+    def main(
+        model: Annotated[str, typer.Option(help=f"one of {', '.join(models.CIFAR)}")] = "resnet20",
+        images: Annotated[int, typer.Option(min=5, help="to train on, of 50,000; a fifth as many are tested on")] = 20_000,
+        epochs: Annotated[int, typer.Option(min=1)] = epochs,
+        seeds: Annotated[int, typer.Option(min=1)] = 2,
+        steps: Steps = None,
+        jobs: Jobs = 1,
+        device: Device = "cpu",
+        again: Again = None,
+        out: Out = Path("experiments/results"),
+        log: Log = Path("runs") / script,
+        figures: Figures = False,
+    ) -> None:
+        """Run what is missing, print the table and draw the figure."""
+        if model not in models.CIFAR:
+            raise typer.BadParameter(f"{model!r} is none of {', '.join(models.CIFAR)}", param_hint="--model")
+        torch.set_num_threads(1)
+        workload = cifar10(model, images, epochs, steps)
+        store = Store(out / f"{script}_{model}.json", title=workload.title, steps=workload.steps, seeds=seeds, device=device)
+        store.forget(again or ())
+        if not figures:
+            # A test takes as long as a twelfth of an epoch.
+            store.complete(plan(workload, seeds, log / model, evaluations=max(1, epochs // 10), device=device), jobs)
+        publish(store, table(store), draw)
+
+    # Plain click messages: an unknown model is one line, not a box.
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    return app
