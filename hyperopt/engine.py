@@ -149,12 +149,13 @@ class Chunk:
         positions = self.positions[name][0]
         return value[positions if cut is None else positions.view(-1)[cut]]
 
-    def inner(self, name: str, g: Tensor, z: Tensor) -> Tensor:
-        """<g, z>, summed over the coordinates that share one value of the hyperparameter `name`."""
+    def inner(self, name: str, g: Tensor, z: Tensor, cut: slice | None = None) -> Tensor:
+        """<g, z> over the chunk or a part of it, summed over the coordinates that share one value of the hyperparameter `name`."""
         if name not in self.positions:
             return torch.dot(g.reshape(-1), z.reshape(-1))
         positions, size = self.positions[name]
-        return torch.zeros(size, dtype=g.dtype, device=g.device).index_add(0, positions.reshape(-1), (g * z).reshape(-1))
+        positions = positions.reshape(-1)[cut] if cut else positions.reshape(-1)
+        return torch.zeros(size, dtype=g.dtype, device=g.device).index_add(0, positions, (g * z).reshape(-1))
 
     def tangent(self, name: str, of: str, like: Tensor) -> Tensor:
         """The tangent of x or of a state along a hyperparameter, zero where there was none."""

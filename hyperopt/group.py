@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, step, text, tree
+from . import hypergradients, native, step, text, tree
 from .domains import complement
 from .engine import LARGE, LARGE_FUSED, Chunk, Record, Scratch
 from .hypergradients import Graph
@@ -210,16 +210,12 @@ class Group:
             key: where the gradient was taken: "x" for the weights, or the name of the state that stood in their place.
         """
         kept = self.tower.get("held_out")
-        for name, raw in self.root.raw.items():
-            q = torch.zeros_like(raw)
-            for chunk in self.chunks:
-                tangent = chunk.tangents.get(name, {}).get(key)
-                if tangent is not None:
-                    found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in chunk.tensors]
-                    g = chunk.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
-                    q = q + chunk.inner(name, g, tangent).to(q)
-            kept = {**(kept or {}), name: q + (kept or {}).get(name, 0)}
-        self.tower["held_out"] = kept
+        shares = [kept] if kept else []
+        for chunk in self.chunks:
+            found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in chunk.tensors]
+            g = chunk.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
+            shares.append(hypergradients.share(self.root, chunk, g, key))
+        self.tower["held_out"] = hypergradients.combine(self.root, shares)
 
     def step(self, ok: Tensor | None, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
         """Step the tower, with the gradients that `collect` found.

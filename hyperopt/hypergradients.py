@@ -68,15 +68,15 @@ class Tangents:
         carried = [{k: z * _like(keep[name], p, name, z) for k, z in p.tangents.get(name, {}).items()} if self.gamma else {} for p in batch]
         news, tangents = [], []
         with forward_ad.dual_level():
+            states = [_duals(part.state, z) for part, z in zip(batch, carried, strict=True)]
             duals = [_dual(part.x, z.get("x")) for part, z in zip(batch, carried, strict=True)]
-            states = [{k: _dual(s, z.get(k)) for k, s in part.state.items()} for part, z in zip(batch, carried, strict=True)]
             along = {**raw, name: _dual(raw[name], torch.ones_like(raw[name]))}
             for x1, s1 in node.updates(batch, duals, states, along):
                 (x1, z), *rest = [forward_ad.unpack_dual(a) for a in (x1, *s1.values())]
                 news.append((x1, {k: pair.primal for k, pair in zip(s1, rest, strict=True)}))
                 # At horizon 1 nothing is carried, so the tangents of the state need not be kept.
                 found = {"x": z} | ({k: pair.tangent for k, pair in zip(s1, rest, strict=True)} if self.gamma else {})
-                tangents.append({k: z for k, z in found.items() if z is not None})
+                tangents.append({k: z for k, z in found.items() if z is not None and not (k == "x" and node.implied())})
         return news, tangents
 
 
@@ -158,10 +158,29 @@ def gamma(horizon: float) -> float:
     return 1.0 - 1.0 / horizon if horizon < math.inf else 1.0
 
 
-def share(node: "Optimizable", chunk: "Chunk", g: Tensor) -> Raw:
-    """What one chunk adds to Zᵀg."""
-    found = {name: tangent["x"] for name, tangent in chunk.tangents.items() if "x" in tangent}
+def share(node: "Optimizable", chunk: "Chunk", g: Tensor, of: str = "x") -> Raw:
+    """What one chunk adds to Zᵀg, for a gradient at x or at one of the states."""
+    if of == "x" and node.implied():
+        return combine(node, [_share(node, part) for part in chunk.parts(g, chunk.one, clean=True)])
+    found = {name: tangent[of] for name, tangent in chunk.tangents.items() if of in tangent}
     return {name: chunk.inner(name, g, z).to(node.raw[name]) for name, z in found.items()}
+
+
+def _share(node: "Optimizable", part: "Part") -> Raw:
+    """What a part adds where tangents of x are implied."""
+    q: Raw = {}
+    for name, tangent in part.tangents.items():
+        with forward_ad.dual_level():
+            z = _implied(node, _duals(part.state, tangent))
+            if z is not None:
+                q[name] = part.chunk.inner(name, part.g, z, part.cut).to(node.raw[name])
+    return q
+
+
+def _implied(node: "Optimizable", state: State) -> Tensor | None:
+    """The tangent of x that those of the state make."""
+    assert node.rule.weights is not None
+    return forward_ad.unpack_dual(node.rule.weights(state)).tangent
 
 
 def look(node: "Optimizable", chunk: "Chunk", g: Tensor, pull: bool) -> tuple[Tensor, Raw]:
@@ -210,8 +229,16 @@ def _like(factor: Tensor, part: "Part", name: str, z: Tensor) -> Tensor:
     return part.spread(name, factor) if factor.dim() and z.dim() else factor.to(z)
 
 
+def _duals(state: State, tangent: dict[str, Tensor]) -> State:
+    return {key: _dual(s, tangent.get(key)) for key, s in state.items()}
+
+
 def _dual(x: Tensor, tangent: Tensor | None) -> Tensor:
-    return x if tangent is None else forward_ad.make_dual(x, tangent)
+    if tangent is None:
+        return x
+    # Of a block torch would make zeros as large as the whole buffer, to hold the tangents of all that may share its memory.
+    block = not torch.compiler.is_compiling() and x._base is not None and x._base.numel() > x.numel()
+    return forward_ad.make_dual(x.clone() if block else x, tangent)
 
 
 @cache

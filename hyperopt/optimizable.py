@@ -257,6 +257,10 @@ class Optimizable:
         """Whether parts of x can be stepped one after the other."""
         return self.feasible is None and not isinstance(self.strategy, Graph)
 
+    def implied(self) -> bool:
+        """Whether the tangents of x are those of the state, combined, and not kept; at horizon 1 those of the state are not."""
+        return self.level == 0 and self.rule.weights is not None and self.strategy.gamma > 0
+
     def projects(self) -> bool:
         """Whether lr is projected down where the step would be larger than trust allows."""
         return self.trust is not None and "lr" in self.raw

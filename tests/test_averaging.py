@@ -64,10 +64,48 @@ def test_equal_to_the_authors_package_over_100_steps(name, held):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("rule", "learn", "extra"),
+    [(Adam, "lr", 1), (ScheduleFree(Adam), "lr", 2), (ScheduleFree(SGD), "lr", 2), (ScheduleFree(SGD), "lr, beta1", 2)],
+)
+def test_learning_keeps_a_tangent_of_each_sequence_that_is_free(rule, learn, extra):
+    sizes = []
+    for tower in (Hyper(rule), Hyper(rule, learn=learn.split(", ")).stack(Adam)):
+        model = net()
+        optimizer = tower.bind(model.parameters())
+        for at in range(3):
+            backward(model, at)
+            optimizer.step()
+        sizes.append(sum(value.numel() for p in model.parameters() for value in optimizer.state[p].values() if value.shape == p.shape))
+    assert sizes[1] - sizes[0] == extra * flat(model).numel()
+
+
+@pytest.mark.parametrize("per", ["group", "tensor", "coordinate"])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_what_a_large_model_learns_is_summed_over_blocks(per, compile, monkeypatch):
+    """Tangents of y are made block by block."""
+    learned = []
+    for block in (10, 2**18):
+        monkeypatch.setattr("hyperopt.engine.BLOCK", block)
+        monkeypatch.setattr("hyperopt.group.LARGE", 20)
+        model = net()
+        optimizer = Hyper(ScheduleFree(Adam), learn=("lr", "beta1"), per=per).stack(Adam).bind(model.parameters(), compile=compile)
+        for at in range(8):
+            backward(model, at)
+            optimizer.step()
+        learned.append(optimizer.hypergradients())
+        assert all(q.abs().max() > 0 for q in learned[-1].values())
+    torch.testing.assert_close(*learned, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lr", "beta1"])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("base", [Adam, SGD])
-def test_the_hypergradient_runs_through_z_x_and_y(base):
+def test_the_hypergradient_runs_through_z_x_and_y(base, decay, name):
     # horizon inf with lr moved once, at the start, for all steps: q is the derivative of the whole run with gradients held.
-    tower = Hyper(ScheduleFree(base), lr=0.01, horizon=math.inf, trust=None).stack(SGD, lr=1e-30)
+    # Raw values are log lr and the logit of beta1.
+    rule = ScheduleFree(base)(lr=0.01, beta1=0.8, weight_decay=decay)
+    tower = Hyper(rule, learn=("lr", "beta1"), horizon=math.inf, trust=None).stack(SGD, lr=1e-30)
     model = net()
     optimizer = tower.bind(model.parameters())
     held = []
@@ -75,11 +113,12 @@ def test_the_hypergradient_runs_through_z_x_and_y(base):
         backward(model, at)
         held.append([p.grad.clone() for p in model.parameters()])
         optimizer.step()
-    q = float(optimizer.hypergradients()["0.lr"])
+    q = float(optimizer.hypergradients()[f"0.{name}"])
 
     def inner(shift):
         twin = net()
-        run = Hyper(ScheduleFree(base), lr=0.01 * math.exp(shift)).bind(twin.parameters())
+        values = {"lr": 0.01 * math.exp(shift)} if name == "lr" else {"beta1": 1 / (1 + math.exp(-math.log(0.8 / 0.2) - shift))}
+        run = Hyper(rule).replace(**values).bind(twin.parameters())
         for grads in held[:-1]:
             for p, g in zip(twin.parameters(), grads, strict=True):
                 p.grad = g.clone()

@@ -59,20 +59,26 @@ class _ScheduleFree(Composed):
         return dataclasses.replace(plain, **dict.fromkeys((*plain.first_moment, "weight_decay"), 0.0))
 
     def init(self, x: Tensor) -> State:
-        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(())}
+        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(()), "beta1": x.new_zeros(())}
+
+    @staticmethod
+    def weights(state: State) -> Tensor:
+        return torch.lerp(state["z"], state["average"], state["beta1"])
 
     def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        own = {key: state[key] for key in state if key not in ("z", "average", "weight")}
+        own = {key: state[key] for key in state if key not in ("z", "average", "weight", "beta1")}
         z, own = self.inner.update(state["z"], g, own, h, t)
         if self.weight_decay != 0:
-            z = z - h.lr * h.weight_decay * x
+            z = z - h.lr * h.weight_decay * self.weights(state)
         weight = state["weight"] + h.lr * h.lr
         average = torch.lerp(state["average"], z, self._share(weight, h))
-        return torch.lerp(z, average, h.beta1), {**own, "z": z, "average": average, "weight": weight}
+        own |= {"z": z, "average": average, "weight": weight, "beta1": h.beta1.expand_as(weight)}
+        return self.weights(own), own
 
     def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         average = state["average"] + self._share(state["weight"], h) * (place - state["z"])
-        return torch.lerp(place, average, h.beta1), {**state, "z": place, "average": average}
+        state = {**state, "z": place, "average": average}
+        return self.weights(state), state
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         return self.inner.metric(state, h, t)
