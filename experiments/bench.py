@@ -47,6 +47,8 @@ TOWERS = {
     "compiled": "Adam / Adam",
     "compiled, trust=None": "Adam(trust=None) / Adam",
     "compiled, four learned": "Adam(learn=(lr, beta1, beta2, eps), trust=None) / Adam",
+    "eager, Schedule-Free": "ScheduleFree(Adam) / Adam",
+    "compiled, Schedule-Free": "ScheduleFree(Adam) / Adam",
 }
 OTHERS = {
     REFERENCE: lambda params: TorchAdam(params, fused=True),
@@ -399,7 +401,10 @@ def main(
     path = out / f"{name}.json"
     result = json.loads(path.read_text()) if path.exists() and (only or figures) else {}
     for part in [] if figures else only or PARTS:
-        result |= {**provenance.stamp(), part: PARTS[part](device, blocks, seconds)}
+        stamp = provenance.stamp()
+        commits = {**dict.fromkeys(result.keys() & PARTS, result.get("commit")), **result.get("commits", {}), part: stamp["commit"]}
+        result |= {**stamp, "commits": commits, part: PARTS[part](device, blocks, seconds)}
+        result["commit"] = ", ".join(dict.fromkeys(commits.values()))
         path.write_text(json.dumps(result, indent=1) + "\n")
     text = table(result)
     (out / f"{name}.md").write_text(text + "\n")

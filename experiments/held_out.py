@@ -1,0 +1,158 @@
+"""Weight decay learned on held-out data: what `hyper_backward` wins where a model overfits.
+
+    python -m experiments.held_out --jobs 2       5 minutes on two cores; resumes where it was stopped
+    python -m experiments.held_out --figures      the table and the figure from the results that are there
+
+Protocol: MNIST and Fashion-MNIST, the first 1,000 training images and no more, MLP 784-128-10, tanh, 1,000 steps of 100, 3 seeds; another
+1,000 training images are held out for the hypergradient; loss and error on the test images. Within a seed every run has the same initial
+weights and the same batches. AdamW with lr learned by Adam, nothing but defaults, from five weight decays of 1e-3 to 10:
+
+- held: lr learned from the training loss, weight decay held.
+- training: both learned from the training loss.
+- lr held-out: lr learned from the held-out loss alone, weight decay held.
+- held-out: both learned from the held-out loss alone.
+- all images: as held, but with the held-out images to train on as well, 2,000 in all.
+
+Writes held_out.json (every run), .md and .png to experiments/results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.figure import Figure
+from torch.nn.functional import cross_entropy
+
+from experiments import data, models, study
+from hyperopt import Hyper, Recorder
+
+IMAGES, BATCH = 1000, 100
+DECAYS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DATASETS = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
+LEARNED = "AdamW(weight_decay={}, learn=(lr, weight_decay)) / Adam"
+# Name: label, tower, from the held-out loss, images to train on.
+METHODS = {
+    "held": ("lr from the training loss, weight decay held", "AdamW(weight_decay={}) / Adam", False, IMAGES),
+    "training": ("both from the training loss", LEARNED, False, IMAGES),
+    "lr held-out": ("lr from the held-out loss, weight decay held", "AdamW(weight_decay={}) / Adam", True, IMAGES),
+    "held-out": ("both from the held-out loss", LEARNED, True, IMAGES),
+    "all images": ("as the first, trained on the held-out images too", "AdamW(weight_decay={}) / Adam", False, 2 * IMAGES),
+}
+MEASURES = {"loss": "test loss, nats", "error": "test error, %"}
+load = lru_cache(data.load)
+
+
+def train(dataset: str, method: str, decay: float, seed: int, steps: int, validation: bool) -> dict[str, Any]:
+    """One run: loss and error in percent at the end (None: not finite), and the course of lr and weight decay."""
+    _, text, held_out, images = METHODS[method]
+    x, y, test_x, test_y = load(dataset, validation=validation)
+    torch.manual_seed(seed)
+    model = models.mlp(x.shape[1])
+    # Larger than the run: nothing is learned from the training loss.
+    optimizer = Hyper.parse(text.format(decay)).bind(model.parameters(), hyper_every=steps + 1 if held_out else 1)
+    draw, draw_held_out = (torch.Generator().manual_seed(s) for s in (seed, seed + 1000))
+    with Recorder(optimizer, max(1, steps // 100)) as recorder:
+        for _ in range(steps):
+            batch = torch.randint(images, (BATCH,), generator=draw)
+            optimizer.zero_grad()
+            cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            if held_out:
+                batch = torch.randint(IMAGES, 2 * IMAGES, (BATCH,), generator=draw_held_out)
+                optimizer.hyper_backward(cross_entropy(model(x[batch]), y[batch]))
+    with torch.no_grad():
+        outputs = model(test_x)
+        wrong = (outputs.argmax(1) != test_y) | ~outputs.isfinite().all(1)
+        found = {"loss": cross_entropy(outputs, test_y).item(), "error": 100 * wrong.float().mean().item()}
+    columns = {what: recorder.values[what] for what in ("0.lr", "0.weight_decay")}
+    scores = {what: value if np.isfinite(value) else None for what, value in found.items()}
+    return {**scores, "courses": study.thin(recorder.steps, columns, 100)}
+
+
+def name(dataset: str, method: str, decay: float) -> str:
+    """Of a cell in the result file."""
+    return f"{dataset} | {method} | {decay:g}"
+
+
+def cells() -> Iterator[tuple[str, str, float]]:
+    """The grid."""
+    yield from ((dataset, method, decay) for dataset in DATASETS for method in METHODS for decay in DECAYS)
+
+
+def scores(store: study.Store, dataset: str, method: str, measure: str) -> list[list[float]]:
+    """For each weight decay the loss or the error of the seeds, infinite where it is not finite."""
+    runs = [store.seeds(name(dataset, method, decay)) for decay in DECAYS]
+    return [[np.inf if run[measure] is None else run[measure] for run in found] for found in runs]
+
+
+def table(store: study.Store) -> str:
+    """Markdown: for each data set a line for each method and measure."""
+    protocol = store.result["protocol"]
+    parts = [f"{protocol['title']}; mean ± sd of {protocol['seeds']} seeds.\n"]
+    for dataset, title in DATASETS.items():
+        rows = []
+        for method, (label, *_) in METHODS.items():
+            ends = [study.ends(store.seeds(name(dataset, method, decay)), ["weight_decay"]) for decay in DECAYS]
+            for measure, what in MEASURES.items():
+                rows.append([f"{label}: {what}", *map(study.mean_sd, scores(store, dataset, method, measure))])
+            if "learn" in METHODS[method][1]:
+                rows.append([f"{label}: weight decay at the end", *ends])
+        parts.append(study.table([f"{title}, from weight decay", *(f"{decay:g}" for decay in DECAYS)], rows))
+    return "\n".join(parts)
+
+
+def draw(store: study.Store, path: Path) -> None:
+    """A row for each data set: loss and error against the weight decay at first, and the learned weight decays."""
+    protocol = store.result["protocol"]
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    for row, (dataset, title) in zip(figure.subplots(len(DATASETS), 3), DATASETS.items(), strict=True):
+        for axes, (measure, what) in zip(row, MEASURES.items(), strict=False):
+            for color, (method, (label, *_)) in enumerate(METHODS.items()):
+                lines = zip(*scores(store, dataset, method, measure), strict=True)
+                study.band(axes, [(DECAYS, line) for line in lines], marker="o", markersize=4, color=f"C{color}", label=label)
+            axes.set(xscale="log", yscale="log", xlabel="weight decay at first", ylabel=what, title=title)
+            study.decimal_ticks(axes.yaxis)
+            study.finish(axes)
+        for color, decay in enumerate(DECAYS):
+            for method, style in ("training", ":"), ("held-out", "-"):
+                lines = study.courses(store.seeds(name(dataset, method, decay)), "0.weight_decay")
+                study.band(row[2], lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"{method}, from {decay:g}")
+        row[2].set(yscale="log", ylim=(1e-6, 1e3), xlabel="step", ylabel="weight decay", title=f"{title}: learned beside lr")
+        study.finish(row[2])
+    figure.suptitle(f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
+    figure.supxlabel(store.caption(), fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def main(
+    steps: study.Steps = 1000,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    validation: Annotated[bool, typer.Option(help="measure on the last 10,000 training images, into held_out_validation.json")] = False,
+    jobs: study.Jobs = 1,
+    again: study.Again = None,
+    out: study.Out = Path("experiments/results"),
+    figures: study.Figures = False,
+) -> None:
+    """Run what is missing, print the table and draw the figure."""
+    torch.set_num_threads(1)
+    title = f"MLP on {IMAGES:,} images, {steps:,} steps of {BATCH}, AdamW / Adam; " + ("validation" if validation else "test") + " data"
+    store = study.Store(out / f"held_out{'_validation' if validation else ''}.json", title=title, seeds=seeds)
+    store.forget(again or ())
+    if not figures:
+        tasks = {f"{name(*cell)} | {seed}": partial(train, *cell, seed, steps, validation) for seed in range(seeds) for cell in cells()}
+        store.complete(tasks, jobs)
+    study.publish(store, table(store), draw)
+
+
+# Plain click messages, not boxes.
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
