@@ -338,7 +338,7 @@ def invoke(images, tmp_path, monkeypatch):
     def call(name, *arguments, seeds=SEEDS):
         script = SCRIPTS[name]
         common = ["--steps", "6", "--seeds", str(seeds), "--out", str(tmp_path), "--log", str(tmp_path / "log")]
-        return CliRunner().invoke(script.app, [*common, *(of_images if hasattr(script, "cifar10") else []), *arguments])
+        return CliRunner().invoke(script.app, [*common, *(of_images if "resnet" in name else []), *arguments])
 
     return call
 
