@@ -1,6 +1,6 @@
 """AdamW on a small GPT, its hyperparameters held and learned, against AdamW with warm-up and cosine at its best learning rate.
 
-    python -m experiments.gpt --jobs 2                                estimate: 27 minutes on two cores; resumes where it was stopped
+    python -m experiments.gpt --jobs 2                                44 minutes on two cores beside other work; resumes
     python -m experiments.gpt --steps 5000 --batch 64 --device cuda   longer, on a GPU
     python -m experiments.gpt --figures                               the table and the figure from the results that are there
 
@@ -139,7 +139,7 @@ def draw(store: study.Store, path: Path) -> None:
         study.finish(axes)
     figure.suptitle(f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
     figure.supxlabel(store.caption(), fontsize=7)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
 
 
 def _rates(axes: Axes, store: study.Store) -> None:

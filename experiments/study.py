@@ -127,7 +127,8 @@ def train(
         curve.append((len(losses), metric))
         steps, columns = _learned(recorder) if recorder else (np.arange(1, len(rates) + 1), {"0.lr": np.array(rates)})
         if writer:
-            _write_scalars(writer, workload.metric, torch.stack(losses).cpu().numpy(), curve, thin(steps, columns, POINTS))
+            measured = f"{'validation' if validation else 'test'} {workload.metric}"
+            _write_scalars(writer, measured, torch.stack(losses).cpu().numpy(), curve, thin(steps, columns, POINTS))
             if observe:
                 observe(model, writer, len(losses))
     found = {

@@ -111,18 +111,19 @@ def test_an_average_is_evaluated_with_statistics_of_its_own(small):
     assert found["metric"] not in others, "the comparison says nothing"
 
 
-def test_tensorboard_and_the_observer(small, tmp_path):
+@pytest.mark.parametrize(("metric", "tag"), [("error %", "test_error_percent"), ("loss", "test_loss")])
+def test_tensorboard_and_the_observer(small, tmp_path, metric, tag):
     seen = []
 
     def observe(model, writer, step):
         seen.append(step)
         writer.add_scalar("observed", step, step)
 
-    study.train(small, "SGD / Adam", 0, evaluations=2, log=tmp_path, observe=observe)
+    study.train(replace(small, metric=metric), "SGD / Adam", 0, evaluations=2, log=tmp_path, observe=observe)
     assert seen == [15, 30]
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("observed")] == [(15, 15), (30, 30)]
-    assert [e.step for e in events.Scalars("error_percent")] == [15, 30]
+    assert [e.step for e in events.Scalars(tag)] == [15, 30]
     assert len(events.Scalars("loss")) == len(events.Scalars("hyper/0.lr")) == 30
 
 
