@@ -73,8 +73,7 @@ class Chunk:
             self.state[key] = self._load(key) if key in self.records[0] else buffer
         for key in list(self.records[0]):
             if key.startswith("Z."):
-                name, _, of = key[2:].partition(".")
-                self.tangents.setdefault(name, {})[of or "x"] = self._load(key)
+                self.tangents.setdefault(key.split(".")[1], {})[_of(key)] = self._load(key)
         self._keep("t", self.t)
         for key, buffer in self.state.items():
             self._keep(key, buffer)
@@ -231,11 +230,16 @@ class Chunk:
             record[key] = view
 
     def _is_number(self, key: str) -> bool:
-        return (key.rpartition(".")[2] if key.startswith("Z.") else key) in self.numbers
+        return (_of(key) if key.startswith("Z.") else key) in self.numbers
 
 
 def _key(name: str, of: str) -> str:
     return f"Z.{name}" if of == "x" else f"Z.{name}.{of}"
+
+
+def _of(key: str) -> str:
+    """Of what `_key` names the tangent."""
+    return key[2:].partition(".")[2] or "x"
 
 
 class Part:

@@ -161,7 +161,8 @@ def gamma(horizon: float) -> float:
 def share(node: "Optimizable", chunk: "Chunk", g: Tensor, of: str = "x") -> Raw:
     """What one chunk adds to Zᵀg, for a gradient at x or at one of the states."""
     if of == "x" and node.implied():
-        return combine(node, [_share(node, part) for part in chunk.parts(g, chunk.one, clean=True)])
+        shares = [_share(node, part) for part in chunk.parts(g, chunk.one, clean=True)]
+        return combine(node, shares) if any(shares) else {}
     found = {name: tangent[of] for name, tangent in chunk.tangents.items() if of in tangent}
     return {name: chunk.inner(name, g, z).to(node.raw[name]) for name, z in found.items()}
 

@@ -80,6 +80,40 @@ def test_learning_keeps_a_tangent_of_each_sequence_that_is_free(rule, learn, ext
     assert sizes[1] - sizes[0] == extra * flat(model).numel()
 
 
+@pytest.mark.parametrize("horizon", [1, 10])
+def test_saved_and_loaded_with_everything_learned_and_a_gradient_missing(horizon):
+    tower = Hyper(ScheduleFree(Adam), learn=("lr", "beta1", "beta2"), horizon=horizon).stack(Adam)
+
+    def run(model, optimizer, steps):
+        for at in steps:
+            backward(model, at)
+            if at == 2:
+                model[0].bias.grad = None
+            optimizer.step()
+
+    model, twin = net(), net()
+    optimizer, resumed = tower.bind(model.parameters()), tower.bind(twin.parameters())
+    assert optimizer.hypergradients() == {}
+    run(model, optimizer, range(4))
+    for p in model.parameters():
+        assert {value.shape for key, value in optimizer.state[p].items()} <= {p.shape, torch.Size()}
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (model, optimizer), (twin, resumed):
+        run(*each, range(4, 8))
+    assert torch.equal(flat(model), flat(twin))
+    assert optimizer.hyperparameters() == resumed.hyperparameters()
+
+
+def test_nothing_is_said_of_values_before_there_is_a_tangent():
+    model = net()
+    optimizer = Hyper(ScheduleFree(Adam)).stack(Adam).bind(model.parameters())
+    for at, names in ((0, set()), (1, {"0.lr"})):
+        backward(model, at)
+        optimizer.step()
+        assert optimizer.hypergradients().keys() == names
+
+
 @pytest.mark.parametrize("per", ["group", "tensor", "coordinate"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_what_a_large_model_learns_is_summed_over_blocks(per, compile, monkeypatch):

@@ -59,20 +59,20 @@ class _ScheduleFree(Composed):
         return dataclasses.replace(plain, **dict.fromkeys((*plain.first_moment, "weight_decay"), 0.0))
 
     def init(self, x: Tensor) -> State:
-        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(()), "beta1": x.new_zeros(())}
+        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(()), "mix": x.new_zeros(())}
 
     @staticmethod
     def weights(state: State) -> Tensor:
-        return torch.lerp(state["z"], state["average"], state["beta1"])
+        return torch.lerp(state["z"], state["average"], state["mix"])
 
     def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        own = {key: state[key] for key in state if key not in ("z", "average", "weight", "beta1")}
+        own = {key: state[key] for key in state if key not in ("z", "average", "weight", "mix")}
         z, own = self.inner.update(state["z"], g, own, h, t)
         if self.weight_decay != 0:
             z = z - h.lr * h.weight_decay * self.weights(state)
         weight = state["weight"] + h.lr * h.lr
         average = torch.lerp(state["average"], z, self._share(weight, h))
-        own |= {"z": z, "average": average, "weight": weight, "beta1": h.beta1.expand_as(weight)}
+        own |= {"z": z, "average": average, "weight": weight, "mix": h.beta1.expand_as(weight)}
         return self.weights(own), own
 
     def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
