@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_TOWER ?= Adam(lr=1e-6) / Adam
-EXPERIMENTS := mnist_table heights cifar char_rnn gpt exponent
+EXPERIMENTS := mnist_table heights cifar char_rnn gpt exponent held_out
 JOBS ?= 2
 # Not the results that are already there, which would be resumed: RESULTS=experiments/results fills in what is missing in these.
 RESULTS ?= runs/experiments
@@ -36,7 +36,7 @@ experiments: $(VENV)/.dev  ## the papers' experiments from scratch into runs/exp
 	set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m experiments.$$name --jobs $(JOBS) --out $(RESULTS); done
 
 figures: $(VENV)/.dev  ## figures and tables of experiments/results again, from their JSON files alone
-	set -e; for name in $(EXPERIMENTS); do $(BIN)/python -m experiments.$$name --figures; done
+	set -e; for name in $(EXPERIMENTS); do ! ls experiments/results/$$name*.json >/dev/null 2>&1 || $(BIN)/python -m experiments.$$name --figures; done
 
 test: $(VENV)/.dev  ## install everything, then run the tests
 	$(BIN)/python -m pytest

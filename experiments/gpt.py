@@ -136,7 +136,7 @@ def draw(store: study.Store, path: Path) -> None:
     _rates(panels[1, 0], store)
     _others(panels[1, 1], store)
     for axes in panels.flat:
-        study.finish(axes)
+        study.finish(axes, **({"fontsize": 6, "ncols": 3, "loc": "lower left"} if axes is panels[1, 0] else {}))
     figure.suptitle(f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
     figure.supxlabel(store.caption(), fontsize=7)
     figure.savefig(path, dpi=72)
@@ -149,7 +149,7 @@ def _rates(axes: Axes, store: study.Store) -> None:
             study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"{m}, from {lr:g}")
     lines = study.courses(store.seeds(name("cosine", best(store))), "0.lr")[:1]
     study.band(axes, lines, color="black", linewidth=1.5, label=f"cosine, the best: {best(store):g}")
-    axes.set(yscale="log", xlabel="step", ylabel="lr", title="learned lr")
+    axes.set(yscale="log", xlabel="step", ylabel="lr", title="learned lr (where it falls below 0, as the paper's may, there is no line)")
 
 
 def _others(axes: Axes, store: study.Store) -> None:

@@ -398,11 +398,15 @@ def replay(runs: Iterable[dict[str, Any]]) -> str:
 
 
 def ends(runs: Sequence[dict[str, Any]], names: Iterable[str] | None = None) -> str:
-    """The mean of each recorded value of level 0 after the last step, or of these, in a table."""
+    """From the lowest to the highest seed, each recorded value of level 0 after the last step, or these, in a table.
+
+    No mean: what is learned through its logarithm may lie decades apart.
+    """
     recorded = runs[0]["courses"] if runs else ()
     labels = [label for label in recorded if label.startswith("0.") and (names is None or label.removeprefix("0.") in names)]
     values = [[run["courses"][label][-1] for run in runs] for label in labels]
-    return ", ".join("not finite" if None in column else f"{np.mean(column):.3g}" for column in values)
+    ranges = [["not finite"] if None in column else [f"{end:.3g}" for end in (min(column), max(column))] for column in values]
+    return ", ".join(" to ".join(dict.fromkeys(found)) for found in ranges)
 
 
 def courses(runs: Iterable[dict[str, Any]], name: str) -> list[tuple[list[float], list[float | None]]]:

@@ -267,7 +267,7 @@ def run(metric, **courses):
 def test_what_tables_are_made_of():
     runs = [run(1.0, **{"0.lr": [1, 2], "0.eta": [3, 4], "1.lr": [9, 9]}), run(2.0, **{"0.lr": [1, 4], "0.eta": [3, None]})]
     assert study.metrics(runs) == [1.0, 2.0]
-    assert study.ends(runs) == "3, not finite"
+    assert study.ends(runs) == "2 to 4, not finite"
     assert study.ends(runs[:1], ["eta"]) == "4"
     assert study.ends([]) == ""
     assert study.replay(runs) == "–"
