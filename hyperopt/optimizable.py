@@ -209,6 +209,9 @@ class Optimizable:
 
     def update(self, part: "Part", x: Tensor, state: State, raw: Raw) -> tuple[Tensor, State]:
         """The rule's update of one part."""
+        if self.level and self.rule.weights:  # x may have been cut or assigned: what it is made of goes along
+            along = x - self.rule.weights(state)
+            state = {key: s + along if key in (self.rule.moves, self.rule.average) else s for key, s in state.items()}
         x1, s1 = self.rule.update(x, part.gradient(), state, self.values(raw, part), part.t)
         return (x + self.limit(x1 - x) if self.limited() else x1), s1
 

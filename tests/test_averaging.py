@@ -105,6 +105,23 @@ def test_saved_and_loaded_with_everything_learned_and_a_gradient_missing(horizon
     assert optimizer.hyperparameters() == resumed.hyperparameters()
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_above_level_0_what_was_assigned_is_gone_on_from(compile):
+    model = net()
+    optimizer = Hyper(Adam, lr=0.01, trust=None).stack(ScheduleFree(Adam)).bind(model.parameters(), compile=compile)
+    moves = []
+    for at in range(8):
+        if at == 4:
+            optimizer.param_groups[0]["lr"] = 0.5
+        backward(model, at)
+        before = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        moves.append(abs(math.log(float(optimizer.param_groups[0]["lr"]) / before)))
+    assert moves[4] < 1e-6
+    assert 0 < max(moves) < 0.2, "a step of Adam above level 0 is .1"
+    assert max(moves[5:]) > 0
+
+
 def test_nothing_is_said_of_values_before_there_is_a_tangent():
     model = net()
     optimizer = Hyper(ScheduleFree(Adam)).stack(Adam).bind(model.parameters())
