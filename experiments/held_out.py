@@ -124,7 +124,9 @@ def draw(store: study.Store, path: Path) -> None:
                 for seed, line in enumerate(study.courses(store.seeds(name(dataset, method, decay)), "0.weight_decay")):
                     label = f"{method}, from {decay:g}" if seed == 0 else None
                     row[2].plot(*line, color=f"C{color}", linestyle=style, linewidth=1, alpha=0.7, label=label)
-        row[2].set(yscale="log", ylim=(1e-16, 1e10), xlabel="step", ylabel="weight decay", title=f"{title}: learned beside lr, a line a seed")
+        row[2].set(
+            yscale="log", ylim=(1e-16, 1e10), xlabel="step", ylabel="weight decay", title=f"{title}: learned beside lr, a line a seed"
+        )
         study.finish(row[2], fontsize=6, loc="upper center", ncols=2)
     title = f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest"
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title=title)
