@@ -261,7 +261,7 @@ class Group:
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
                 self.zeros.remove(name)
                 self.rule = self.root.rule = tree.with_zeros(self.spec.rule, self.zeros)
-                self.root.strategy = tree.strategy(self.spec, self.rule)
+                self.root.strategy = tree.strategy(self.spec, self.rule, 0)
                 self._prepare()
                 for chunk in self.chunks:
                     chunk.extend(self.rule)

@@ -1,10 +1,11 @@
-"""How a node knows what its next gradient says about its hyperparameters: Z = ∂x/∂r, made in three ways.
+"""How a node knows what its next gradient says about its hyperparameters: Z = ∂x/∂r, made in four ways.
 
 Each strategy is an object with the same methods. `pull` returns q = Zᵀg, `ends` says how far a step would go, and `advance`
 takes it and makes Z' for the next. They agree with one another to rounding wherever more than one applies.
 
     Tangents        every rule, every hyperparameter, every horizon: forward derivatives carried from step to step
     Displacement    lr alone, for a rule whose displacement is linear in it: no differentiation at all
+    Following       the same of a rule that averages: what follows from the displacement alone is differentiated
     Graph           the paper's way, horizon 1: keep the autograd graph of the last update; the reference for the others
 """
 
@@ -113,6 +114,53 @@ class Displacement:
         part.commit(None, state, {})
 
 
+@dataclass(frozen=True)
+class Following:
+    """Tangents for a rule that makes its step in two halves, of which hyperparameters are learned that the second alone reads.
+
+    The first, which has most of the operations, is taken once, for the size of the step and for the step.
+    """
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        _silence()
+
+    def ready(self, node: "Optimizable") -> bool:
+        return any(chunk.tangents for chunk in node.chunks)
+
+    def pull(self, node: "Optimizable", gs: list[Tensor]) -> Raw:
+        return _inner(node, gs)
+
+    def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
+        (part,) = batch
+        made = self._ahead(node, part, raw)
+        if not part.chunk.lean:
+            part.made = made
+        return [(made[0], node.values(raw, part).lr, part.state[node.rule.moves])]
+
+    def advance(self, node: "Optimizable", batch: "list[Part]", raw: Raw, keep: Raw) -> None:
+        (part,) = batch
+        move, own = part.made or self._ahead(node, part, raw)
+        part.clean_tangents()
+        state: State = {}
+        tangents: Tangent = {}
+        for name in raw:
+            carried = {k: z * _like(keep[name], part, name, z) for k, z in part.tangents.get(name, {}).items()}
+            with forward_ad.dual_level():
+                duals = _duals(part.state, carried)
+                h = node.values({**raw, name: _dual(raw[name], torch.ones_like(raw[name]))}, part)
+                made = node.rule.follow(duals[node.rule.moves] + h.lr * move, duals, h)
+                pairs = {k: forward_ad.unpack_dual(s) for k, s in made.items()}
+            state = {k: pair.primal for k, pair in pairs.items()}
+            tangents[name] = {k: pair.tangent for k, pair in pairs.items() if pair.tangent is not None}
+        assert node.rule.weights is not None
+        part.commit(node.rule.weights(state), {**own, **state}, tangents)
+
+    def _ahead(self, node: "Optimizable", part: "Part", raw: Raw) -> tuple[Tensor, State]:
+        return node.rule.ahead(part.gradient(), part.state, node.values(raw, part, lr=part.chunk.one), part.t)
+
+
 class Graph:
     """The autograd graph of the last update, with x, g and s detached: `q = grad(x', r, grad_outputs=g)`.
 
@@ -150,7 +198,7 @@ class Graph:
             part.commit(x1.detach(), {k: s.detach() for k, s in s1.items()}, {})
 
 
-Strategy = Tangents | Displacement | Graph
+Strategy = Tangents | Displacement | Following | Graph
 
 
 def gamma(horizon: float) -> float:
@@ -168,20 +216,15 @@ def share(node: "Optimizable", chunk: "Chunk", g: Tensor, of: str = "x") -> Raw:
 
 
 def _share(node: "Optimizable", part: "Part") -> Raw:
-    """What a part adds where tangents of x are implied."""
+    """What a part adds where tangents of x are made of those of the state."""
+    assert node.rule.weights is not None
     q: Raw = {}
     for name, tangent in part.tangents.items():
         with forward_ad.dual_level():
-            z = _implied(node, _duals(part.state, tangent))
+            z = forward_ad.unpack_dual(node.rule.weights(_duals(part.state, tangent))).tangent
             if z is not None:
                 q[name] = part.chunk.inner(name, part.g, z, part.cut).to(node.raw[name])
     return q
-
-
-def _implied(node: "Optimizable", state: State) -> Tensor | None:
-    """The tangent of x that those of the state make."""
-    assert node.rule.weights is not None
-    return forward_ad.unpack_dual(node.rule.weights(state)).tangent
 
 
 def look(node: "Optimizable", chunk: "Chunk", g: Tensor, pull: bool) -> tuple[Tensor, Raw]:

@@ -139,6 +139,18 @@ class Rule(ABC):
         """Whether x' = shrink(h)·x − lr·d(g, state, h) and the state never reads x; ∂x'/∂log lr is then x' − x."""
         return False
 
+    def late(self) -> tuple[str, ...]:
+        """The hyperparameters that only `follow` reads, lr among them, for a rule whose step is made in two halves."""
+        return ()
+
+    def ahead(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """The first half of such a step: how far that which lr moves goes at lr = 1, and the new state that lr has no part in."""
+        raise NotImplementedError
+
+    def follow(self, place: Tensor, state: State, h: Values) -> State:
+        """The second half: the rest of the new state, with that which lr moves at `place`; x is the `weights` of it."""
+        raise NotImplementedError
+
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         """The diagonal H of a step −lr·H⁻¹·m, up to a common factor: the metric in which weights are projected onto a feasible set.
 

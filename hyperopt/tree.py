@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .domains import Interval, Positive, complement
 from .engine import Chunk
-from .hypergradients import Displacement, Graph, Strategy, Tangents, gamma
+from .hypergradients import Displacement, Following, Graph, Strategy, Tangents, gamma
 from .optimizable import Optimizable
 from .rule import Kernel, Rule
 from .tower import Hyper
@@ -52,7 +52,7 @@ def _node(
     record = records.setdefault(label, {})
     lr = live["lr"] if "lr" in live else torch.ones_like(next(iter(live.values())))
     record["anchor"] = record["anchor"].to(lr) if "anchor" in record else lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
-    made, trust = strategy(spec, rule), spec.trust_at(level)
+    made, trust = strategy(spec, rule, level), spec.trust_at(level)
     paced = [name for names in spec.above for name in names if trust is not None and name != "lr" and isinstance(domains[name], Interval)]
     nodes[label] = Optimizable(level, rule, chunks, live, complements, domains, above, made, trust, spec.project, record["anchor"], paced)
     nodes[label].kernel = kernel(spec, nodes[label])
@@ -99,12 +99,14 @@ def _label(level: int, branch: str) -> str:
     return f"{level}[{branch}]" if branch else str(level)
 
 
-def strategy(spec: Hyper, rule: Rule) -> Strategy:
+def strategy(spec: Hyper, rule: Rule, level: int) -> Strategy:
     """How a node of this specification makes its hypergradients: in the cheapest way that is exact."""
     if spec.strategy == "graph":
         return Graph()
     if spec.learning == ("lr",) and spec.project is None and rule.linear_in_lr() and spec.domain("lr") == Positive():
         return Displacement(gamma(spec.horizon))
+    if spec.learning and spec.project is None and spec.horizon > 1 and level == 0 and set(spec.learning) <= set(rule.late()):
+        return Following(gamma(spec.horizon))
     return Tangents(gamma(spec.horizon))
 
 

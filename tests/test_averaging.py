@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hyperopt
 from hyperopt import SGD, Adam, AdamW, Averaged, Hyper, Rule, ScheduleFree
+from hyperopt.hypergradients import Following, Tangents
 from hyperopt.rule import Variant
 
 
@@ -78,6 +79,49 @@ def test_learning_keeps_a_tangent_of_each_sequence_that_is_free(rule, learn, ext
             optimizer.step()
         sizes.append(sum(value.numel() for p in model.parameters() for value in optimizer.state[p].values() if value.shape == p.shape))
     assert sizes[1] - sizes[0] == extra * flat(model).numel()
+
+
+@pytest.mark.parametrize("per", ["group", "tensor", "coordinate"])
+@pytest.mark.parametrize("learn", [("lr",), ("lr", "beta1")], ids=["lr", "two"])
+@pytest.mark.parametrize("base", [Adam, SGD])
+def test_a_step_in_two_halves_is_that_in_one(base, learn, per, monkeypatch):
+    found = []
+    for strategy in (Following, Tangents):
+        monkeypatch.setattr("hyperopt.tree.Following", strategy)
+        model = net()
+        # From 10. lr is projected down.
+        tower = Hyper(ScheduleFree(base), lr=10.0, learn=learn, per=per, horizon=20).stack(Adam)
+        optimizer = tower.bind(model.parameters())
+        assert type(optimizer._groups()[0].root.strategy) is strategy
+        qs = []
+        for at in range(12):
+            backward(model, at)
+            if at == 6:
+                optimizer.param_groups[0]["lr"] = 0.02
+            if at == 8:
+                model[0].weight.grad[0, 0] = math.nan
+            optimizer.step()
+            qs += optimizer.hypergradients().values()
+        assert optimizer.skipped["gradients"] == 1
+        found.append([flat(model), *qs, *optimizer.hyperparameters().values()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)  # of the step that does not count
+
+
+def test_a_weight_decay_that_is_assigned_makes_the_step_one_of_tangents():
+    model = net()
+    optimizer = Hyper(ScheduleFree(Adam)).stack(Adam).bind(model.parameters())
+    root = optimizer._groups()[0].root
+    for strategy, at in ((Following, 0), (Tangents, 4)):
+        if at:
+            optimizer.param_groups[0]["weight_decay"] = 5.0
+        norms = [flat(model).norm()]
+        for step in range(at, at + 4):
+            backward(model, step)
+            optimizer.step()
+            norms.append(flat(model).norm())
+        assert type(root.strategy) is strategy
+    assert norms[-1] < 0.99 * norms[0]
 
 
 @pytest.mark.parametrize("horizon", [1, 10])

@@ -66,14 +66,22 @@ class _ScheduleFree(Composed):
         return torch.lerp(state["z"], state["average"], state["mix"])
 
     def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        own = {key: state[key] for key in state if key not in ("z", "average", "weight", "mix")}
-        z, own = self.inner.update(state["z"], g, own, h, t)
+        z, own = self.inner.update(state["z"], g, self._own(state), h, t)
         if self.weight_decay != 0:
             z = z - h.lr * h.weight_decay * self.weights(state)
+        made = self.follow(z, state, h)
+        return self.weights(made), {**own, **made}
+
+    def late(self) -> tuple[str, ...]:
+        return ("lr", "beta1") if self.weight_decay == 0 and self.inner.linear_in_lr() else ()
+
+    def ahead(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        return self.inner.update(torch.zeros_like(t), g, self._own(state), h, t)
+
+    def follow(self, z: Tensor, state: State, h: Values) -> State:
         weight = state["weight"] + h.lr * h.lr
         average = torch.lerp(state["average"], z, self._share(weight, h))
-        own |= {"z": z, "average": average, "weight": weight, "mix": h.beta1.expand_as(weight)}
-        return self.weights(own), own
+        return {"z": z, "average": average, "weight": weight, "mix": h.beta1.expand_as(weight)}
 
     def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         average = state["average"] + self._share(state["weight"], h) * (place - state["z"])
@@ -82,6 +90,9 @@ class _ScheduleFree(Composed):
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         return self.inner.metric(state, h, t)
+
+    def _own(self, state: State) -> State:
+        return {key: state[key] for key in state if key not in ("z", "average", "weight", "mix")}
 
     def _share(self, weight: Tensor, h: Values) -> Tensor:
         return h.lr * h.lr / weight.clamp_min(torch.finfo(weight.dtype).tiny)
