@@ -1,6 +1,6 @@
 """The exponent family on CIFAR-10: which eta in v = mean |g|^eta, m / v^(1/eta)? Held at six values, and learned from each of them.
 
-    python -m experiments.exponent --jobs 2       estimate: 38 minutes on two cores; resumes where it was stopped
+    python -m experiments.exponent --jobs 2       32 minutes on two cores; resumes where it was stopped
     python -m experiments.exponent --figures      the table and the figure from the results that are there
 
 A thesis on adaptive learning rates trains ResNet-44 with lr 1e-3, beta1 1e-3 (hardly any momentum) and eta ∈ {1/3, 1/2, 1, 2, 3, 4}, with
@@ -137,7 +137,7 @@ def draw(store: study.Store, path: Path) -> None:
     _learned(panels[1, 2], store, "both", "lr", False, "learned lr, eta learned too, without the running max")
     figure.suptitle(f"The exponent family. {protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
     figure.supxlabel(store.caption(), fontsize=7)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
 
 
 def _errors(axes: Axes, store: study.Store, maximum: bool, title: str) -> None:
