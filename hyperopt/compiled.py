@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import Chunk, Part
+from .engine import Chunk
+from .part import Part
 
 
 class Compiled:

@@ -24,8 +24,9 @@ from torch.autograd import forward_ad
 from .rule import State
 
 if TYPE_CHECKING:
-    from .engine import Chunk, Part
+    from .engine import Chunk
     from .optimizable import Optimizable
+    from .part import Part
 
 Raw = dict[str, Tensor]
 Tangent = dict[str, dict[str, Tensor]]  # hyperparameter -> "x" or the name of a state -> tangent; absent where it is zero

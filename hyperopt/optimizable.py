@@ -14,7 +14,8 @@ from .hypergradients import Graph, Raw, Strategy, direction
 from .rule import Kernel, Rule, State, Values
 
 if TYPE_CHECKING:
-    from .engine import Chunk, Part
+    from .engine import Chunk
+    from .part import Part
 
 Run = Callable[..., Any]  # calls one stage of a step: run(stage, *arguments)
 
