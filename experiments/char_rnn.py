@@ -1,6 +1,6 @@
 """Adam on the char-RNN of Gradient Descent: The Ultimate Optimizer, held and learned, from the paper's three initial learning rates.
 
-    python -m experiments.char_rnn --jobs 2                                estimate: 45 minutes on two cores; resumes where it was stopped
+    python -m experiments.char_rnn --jobs 2                                47 minutes on two cores; resumes where it was stopped
     python -m experiments.char_rnn --steps 50000 --seeds 3 --device cuda   the paper's 50,000 steps
     python -m experiments.char_rnn --figures                               the tables and the figure from the results that are there
 
@@ -13,8 +13,8 @@ with a zero state. Within a seed every run has the same initial weights and the 
   through (tanh + 1) / 2, which is the logit at twice the number: its step is four times as large here.
 - defaults: lr alone learned by Adam, nothing but defaults of this library. On War and Peace the schedule of the first seed is replayed
   on torch.optim.
-- averaged: the recommended tower, ScheduleFree(Adam) / Adam, the first seed alone, which is what fits into the 45 minutes; with --steps
-  above 4,000 all seeds.
+- averaged: the recommended tower, ScheduleFree(Adam) / Adam, the first seed alone, to save time; with --steps above 4,000
+  all seeds.
 
 TensorBoard has texts that the model writes, one after each quarter of the steps.
 
@@ -134,7 +134,7 @@ def draw(store: study.Store, path: Path) -> None:
         _rates(row[2], store, text)
     figure.suptitle(f"char-RNN, {protocol['steps']:,} steps; mean of up to {protocol['seeds']} seeds, bands from the lowest to the highest")
     figure.supxlabel(store.caption(), fontsize=7)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
 
 
 def _sensitivity(axes: Axes, store: study.Store, text: str) -> None:
