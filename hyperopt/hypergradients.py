@@ -115,23 +115,11 @@ class Displacement:
         part.commit(None, state, {})
 
 
-@dataclass(frozen=True)
-class Following:
+class Following(Tangents):
     """Tangents for a rule that makes its step in two halves, of which hyperparameters are learned that the second alone reads.
 
     The first, which has most of the operations, is taken once, for the size of the step and for the step.
     """
-
-    gamma: float
-
-    def __post_init__(self) -> None:
-        _silence()
-
-    def ready(self, node: "Optimizable") -> bool:
-        return any(chunk.tangents for chunk in node.chunks)
-
-    def pull(self, node: "Optimizable", gs: list[Tensor]) -> Raw:
-        return _inner(node, gs)
 
     def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
         (part,) = batch
@@ -199,7 +187,7 @@ class Graph:
             part.commit(x1.detach(), {k: s.detach() for k, s in s1.items()}, {})
 
 
-Strategy = Tangents | Displacement | Following | Graph
+Strategy = Tangents | Displacement | Graph
 
 
 def gamma(horizon: float) -> float:
