@@ -11,6 +11,9 @@ from torch import Tensor
 from .engine import Chunk
 from .part import Part
 
+# From which torch on compiled code writes float64 numbers on a CPU: 2.11 loses what is copied into a 0-d tensor, 2.14 does not.
+DOUBLES = "2.14"
+
 
 class Compiled:
     """Functions fused by torch.compile, from the very same code; eager where no compiler works, after one warning.
@@ -62,6 +65,18 @@ class Compiled:
     def stage(self, also: Any, function: Callable[..., Any], *args: Any) -> Any:
         """One stage of a step: fused once for all chunks that look alike, as many large ones in one piece would take minutes."""
         return self((also, function.__name__, *(_shape(a) for a in args)), function, *args)
+
+
+def is_right(params: Sequence[Tensor]) -> bool:
+    """Whether this torch compiles a step of these parameters rightly; warns where it does not."""
+    right = torch.__version__ >= DOUBLES or not any(p.dtype == torch.float64 and p.device.type == "cpu" for p in params)
+    if not right:
+        warnings.warn(
+            f"torch {torch.__version__} loses float64 numbers that compiled code writes on a CPU: this optimizer is not compiled",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return right
 
 
 def _shape(argument: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hypergradients, native, step, text, tree
+from . import compiled, hypergradients, native, step, text, tree
 from .domains import complement
 from .engine import LARGE, LARGE_FUSED, Chunk, Record, Scratch
 from .hypergradients import Graph
@@ -44,7 +44,7 @@ class Group:
         self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}})
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
-        self.compile = compile and spec.strategy != "graph"
+        self.compile = compile and spec.strategy != "graph" and compiled.is_right(group["params"])
         self.passes: native.Passes | None = None
         self._scratch: Scratch = {}
         self._build()

@@ -1,5 +1,6 @@
 """The compiled step is the eager one, fused: equal to it, compiled once, and given up with one warning where no compiler works."""
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -326,6 +327,15 @@ def test_a_skipped_step_and_an_assigned_lr_do_not_compile_again():
     optimizer.step()
     assert optimizer.skipped["gradients"] == 1
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize(("dtype", "right"), [(torch.float64, False), (torch.float32, True)])
+def test_where_torch_compiles_float64_wrongly_it_goes_on_eagerly(dtype, right, monkeypatch):
+    monkeypatch.setattr("hyperopt.compiled.DOUBLES", "99.0")
+    w = nn.Parameter(torch.ones(3, dtype=dtype))
+    with contextlib.nullcontext() if right else pytest.warns(RuntimeWarning, match="loses float64 numbers"):
+        optimizer = Hyper(Adam).stack(Adam).bind([w], compile=True)
+    assert optimizer._groups()[0].compile == right
 
 
 def test_without_a_compiler_it_goes_on_eagerly_after_one_warning(monkeypatch, tmp_path):
