@@ -106,8 +106,8 @@ def table(store: study.Store) -> str:
     measured = {label: [errors(store, m, *cell) for cell in cells()] for m, (label, *_) in METHODS.items()}
     first, second, *ours = measured
     return (
-        f"{protocol['title']}; test error in %, mean ± sd of up to {protocol['seeds']} seeds. The paper's numbers are those of ResNet-20 after "
-        f"200 epochs on 50,000 images, read off its figure, ±1.\n\n{study.table(head, rows)}\n"
+        f"{protocol['title']}; test error in %, mean ± sd of up to {protocol['seeds']} seeds. The paper's numbers are those of ResNet-20 "
+        f"after 200 epochs on 50,000 images, read off its figure, ±1.\n\n{study.table(head, rows)}\n"
         f"Beside the grid: {beside}. The paper: hand-made schedule 8.3, learned 8.5, held 13 after 500 epochs.\n\n"
         f"{study.compare(measured, ours, (first, second))}"
     )
