@@ -1,6 +1,6 @@
 """SGD with momentum and weight decay on CIFAR-10, held and learned, from every cell of the paper's grid of step sizes and momenta.
 
-    python -m experiments.cifar --jobs 2                                    80 minutes on two cores; resumes where it was stopped
+    python -m experiments.cifar --jobs 2                                    estimate: 80 minutes on two cores; resumes
     python -m experiments.cifar --images 50000 --epochs 200 --device cuda   the whole protocol; the paper's longest runs have 500 epochs
     python -m experiments.cifar --model vgg16                               or resnet18, resnet32, resnet44, resnet56
     python -m experiments.cifar --figures                                   the table and the figure from the results that are there
