@@ -34,19 +34,24 @@ End = tuple[Tensor, Tensor | None, Tensor]  # a move, a factor on it, and what i
 
 
 @dataclass(frozen=True)
-class Tangents:
-    """(Z', S') = derivative of `update` at (x, s, r) along (γZ, γS, e), with g held constant and γ = 1 − 1/horizon."""
+class Carried:
+    """What the ways have in common that carry Z along with x, forgetting by γ = 1 − 1/horizon."""
 
     gamma: float
-
-    def __post_init__(self) -> None:
-        _silence()
 
     def ready(self, node: "Optimizable") -> bool:
         return any(chunk.tangents for chunk in node.chunks)
 
     def pull(self, node: "Optimizable", gs: list[Tensor]) -> Raw:
-        return _inner(node, gs)
+        return combine(node, [share(node, chunk, g) for chunk, g in zip(node.chunks, gs, strict=True)])
+
+
+@dataclass(frozen=True)
+class Tangents(Carried):
+    """(Z', S') = derivative of `update` at (x, s, r) along (γZ, γS, e), with g held constant."""
+
+    def __post_init__(self) -> None:
+        _silence()
 
     def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
         return _ends(node, batch, raw)
@@ -82,21 +87,12 @@ class Tangents:
         return news, tangents
 
 
-@dataclass(frozen=True)
-class Displacement:
+class Displacement(Carried):
     """Z' = γ·(∂x'/∂x)·Z + (x' − x): the tangent of log lr, for a rule whose displacement is linear in it.
 
     The displacement is lr times what the rule itself does at x = 0 and lr = 1, and not x' − x: at lr = 1e-8 a weight of 0.1
     does not change in float32, and the difference would be 0 where the derivative is not. It is added to x and Z in place.
     """
-
-    gamma: float
-
-    def ready(self, node: "Optimizable") -> bool:
-        return any(chunk.tangents for chunk in node.chunks)
-
-    def pull(self, node: "Optimizable", gs: list[Tensor]) -> Raw:
-        return _inner(node, gs)
 
     def ends(self, node: "Optimizable", batch: "list[Part]", raw: Raw) -> list[End]:
         (part,) = batch
@@ -227,10 +223,6 @@ def combine(node: "Optimizable", shares: Sequence[Raw]) -> Raw:
     for found in shares:
         q = {**q, **{name: q[name] + part if name in q else part for name, part in found.items()}}
     return {name: q[name] if name in q else torch.zeros_like(raw) for name, raw in node.raw.items()}
-
-
-def _inner(node: "Optimizable", gs: list[Tensor]) -> Raw:
-    return combine(node, [share(node, chunk, g) for chunk, g in zip(node.chunks, gs, strict=True)])
 
 
 def direction(node: "Optimizable", part: "Part", raw: Raw) -> tuple[Tensor, State]:
