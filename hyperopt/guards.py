@@ -15,7 +15,7 @@ FEW = 4
 FLOOR = 0.01  # root mean square below which weights count as this large, so that zero-initialised groups can start
 
 
-def relative_scale(moves: Sequence[Tensor], norms: Sequence[Tensor], numel: int, trust: float) -> Tensor:
+def relative_scale(moves: Sequence[Tensor], norms: Sequence[Tensor], numel: int, trust: Tensor | float) -> Tensor:
     """The factor in (0, 1] that takes ‖Δ‖ down to trust·max(‖x‖, FLOOR·√n), over all parts of a node together.
 
     Args:

@@ -49,7 +49,8 @@ class Optimizable:
         domains: the space in which each hyperparameter is learned.
         above: for each node above, the names of the hyperparameters it learns.
         strategy: how Z is made.
-        trust: the largest relative change of x in one step at level 0, the largest change of a raw value above it; or None.
+        trust: the largest relative change of x in one step at level 0 (less in the first `rule.warm` of them), the largest change
+            of a raw value above it; or None.
         feasible: the set in which x stays, if there is one.
         anchor: what `guards.fade` remembers of lr.
         paced: the learned hyperparameters whose raw value moves by no more than `guards.PACE` in a step.
@@ -141,8 +142,7 @@ class Optimizable:
             for h in healthy.values():
                 fine = fine * h
             self.resets.add_(ok - fine)
-            started = guards.combined([chunk.t for chunk in self.chunks], torch.maximum, torch.amax)
-            counts = fine * started.to(ok).clamp(max=1)
+            counts = fine * self.taken().to(ok).clamp(max=1)
             before = {name: self.raw[name].clone() for name in self.paced}
             for names, node in self.above:
                 flat = q[names[0]].reshape(-1) if len(names) == 1 else torch.cat([q[n].reshape(-1) for n in names])
@@ -163,7 +163,11 @@ class Optimizable:
         like, domain = raw["lr"], self.domains["lr"]
         numel = sum(chunk.numel for chunk in self.chunks)
         trust = math.inf if self.trust is None else self.trust
-        scale = guards.relative_scale(moves, places, numel, trust) if self.level == 0 else guards.absolute_scale(moves, trust)
+        if self.level:
+            scale = guards.absolute_scale(moves, trust)
+        else:
+            grown = ((self.taken() + 1) / self.rule.warm).clamp(max=1) if self.rule.warm > 1 else 1.0
+            scale = guards.relative_scale(moves, places, numel, trust * grown)
         scale = scale.to(like)
         if "lr" in self._assigned:
             scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)
@@ -250,6 +254,10 @@ class Optimizable:
             return part.spread(name, self.domains[name].complement(raw[name]) if name in raw else self._held(name)[1])
 
         return Values(value, one_minus)
+
+    def taken(self) -> Tensor:
+        """How many steps were taken, of the chunk that took most."""
+        return guards.combined([chunk.t for chunk in self.chunks], torch.maximum, torch.amax)
 
     def _held(self, name: str) -> tuple[Tensor, Tensor]:
         if name in self.constants and torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ import torch
 from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Positive, Real, UnitInterval, guards
+from hyperopt import SGD, Adam, AdamW, Hyper, Positive, Real, ScheduleFree, UnitInterval, guards
 from hyperopt.rule import Rule
 from hyperopt.tower import TRUST_ABOVE
 
@@ -278,7 +278,7 @@ def relative_changes(model, optimizer, steps):
         yield float((new - old).norm() / old.norm())
 
 
-Rule.trustED = {
+TRUSTED = {
     "displacement": {"rule": Adam},
     "tangents": {"rule": Adam, "learn": "all"},
     "graph": {"rule": Adam, "horizon": 1, "strategy": "graph"},
@@ -291,7 +291,7 @@ Rule.trustED = {
 
 
 @pytest.mark.parametrize("trust", [0.1, 0.01])
-@pytest.mark.parametrize("options", Rule.trustED.values(), ids=Rule.trustED)
+@pytest.mark.parametrize("options", TRUSTED.values(), ids=TRUSTED)
 def test_the_relative_change_of_the_weights_never_exceeds_trust(options, trust):
     model, optimizer = bound(Hyper(**options, lr=1e2, trust=trust).stack(SGD), torch.float64)
     changes = list(relative_changes(model, optimizer, range(8)))
@@ -331,6 +331,24 @@ def test_a_start_that_is_far_too_high_trains():
     before = float(loss_at(model, 0).detach())
     train(model, optimizer, range(300))
     assert float(loss_at(model, 0).detach()) < 0.3 * before
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_trust_of_schedule_free_grows_over_the_first_steps(compile):
+    w = nn.Parameter(torch.ones(4))
+    # Along a slope lr goes up by half a unit of its logarithm in every step, so that trust has work in all of them.
+    optimizer = Hyper(ScheduleFree(Adam), lr=1e2).stack(Adam, lr=0.5).bind([w], compile=compile)
+    changes = []
+    for _ in range(25):
+        old = optimizer.state[w]["z"].clone() if w in optimizer.state else w.detach().clone()
+        w.grad = torch.full_like(w, -1.0)
+        optimizer.step()
+        changes.append(float((optimizer.state[w]["z"] - old).norm() / old.norm()))
+    # Half a unit is not enough to follow in the second and third.
+    allowed = [min(0.1, 0.1 * k / 20) for k in range(1, 26)]
+    assert changes[1] < allowed[1]
+    assert changes[2] < allowed[2]
+    assert [changes[0], *changes[3:]] == pytest.approx([allowed[0], *allowed[3:]], rel=1e-4)
 
 
 def test_trust_none_switches_off():
