@@ -11,6 +11,11 @@ from torch import Tensor
 BAND, POWER = 1.0, 4.0
 # What a decay does shows only after the steps that it averages over: at the pace of lr, .1 a step under Adam, it runs past its good values.
 PACE = 0.005
+# A tenth a step, Adam's pace, is slow from far below: a small GPT from lr = 1e-8 ends at a validation loss of 2.25 under AdamW / Adam and
+# 2.00 under ScheduleFree(Adam) / Adam, and at 1.89 and 1.96 with five times that (one seed).
+CLIMB = 5.0
+LEAP = 0.5  # what this adds to log lr in a step, at most
+NEGLIGIBLE = 0.01  # of trust: larger steps end the climb. With .1 MNIST validation error is 2.59 % and not 2.52 (ScheduleFree, two seeds).
 FEW = 4
 FLOOR = 0.01  # root mean square below which weights count as this large, so that zero-initialised groups can start
 

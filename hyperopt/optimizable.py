@@ -54,6 +54,8 @@ class Optimizable:
         feasible: the set in which x stays, if there is one.
         anchor: what `guards.fade` remembers of lr.
         paced: the learned hyperparameters whose raw value moves by no more than `guards.PACE` in a step.
+        climbing: 1. as long as every hypergradient of lr said up and steps were negligible; lr goes up `guards.CLIMB` times as fast
+            then. None where it does not.
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class Optimizable:
         feasible: Feasible | None,
         anchor: Tensor,
         paced: Sequence[str],
+        climbing: Tensor | None,
     ) -> None:
         self.level, self.rule, self.chunks, self.live, self.complements = level, rule, chunks, live, complements
         self.domains, self.above, self.strategy = domains, above, strategy
-        self.trust, self.feasible, self.anchor, self.paced = trust, feasible, anchor, paced
+        self.trust, self.feasible, self.anchor, self.paced, self.climbing = trust, feasible, anchor, paced, climbing
         self._raw = self._split()
         self.kernel: Kernel | None = None
         self.constants: dict[str, tuple[float, float]] = {}  # in compiled code, of held hyperparameters: value and 1 − value
@@ -143,12 +146,16 @@ class Optimizable:
                 fine = fine * h
             self.resets.add_(ok - fine)
             counts = fine * self.taken().to(ok).clamp(max=1)
-            before = {name: self.raw[name].clone() for name in self.paced}
+            before = {name: self.raw[name].clone() for name in (*self.paced, *(("lr",) if self.climbing is not None else ()))}
             for names, node in self.above:
                 flat = q[names[0]].reshape(-1) if len(names) == 1 else torch.cat([q[n].reshape(-1) for n in names])
                 node.step([flat.nan_to_num(0.0, 0.0, 0.0)], counts)
-            for name, r in before.items():
-                self.raw[name].clamp_(r - guards.PACE, r + guards.PACE)
+            for name in self.paced:
+                self.raw[name].clamp_(before[name] - guards.PACE, before[name] + guards.PACE)
+            if self.climbing is not None:
+                self.climbing.mul_((counts == 0) | (q["lr"] < 0))
+                more = (guards.CLIMB - 1) * (self.raw["lr"] - before["lr"])
+                self.raw["lr"].add_(more.clamp(0, guards.LEAP) * self.climbing)
             keep = {name: h * gamma for name, h in healthy.items()}
             self.q = q
         return self._settle(written), keep
@@ -166,8 +173,11 @@ class Optimizable:
         if self.level:
             scale = guards.absolute_scale(moves, trust)
         else:
+            small = guards.relative_scale(moves, places, numel, trust * guards.NEGLIGIBLE)
             grown = ((self.taken() + 1) / self.rule.warm).clamp(max=1) if self.rule.warm > 1 else 1.0
-            scale = guards.relative_scale(moves, places, numel, trust * grown)
+            scale = (small * (grown / guards.NEGLIGIBLE)).clamp(max=1)
+            if self.climbing is not None:
+                self.climbing.lerp_(self.climbing * (small == 1), ok)
         scale = scale.to(like)
         if "lr" in self._assigned:
             scale = torch.where(self._assigned["lr"].changed, torch.ones_like(scale), scale)

@@ -54,7 +54,11 @@ def _node(
     record["anchor"] = record["anchor"].to(lr) if "anchor" in record else lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
     made, trust = strategy(spec, rule, level), spec.trust_at(level)
     paced = [name for names in spec.above for name in names if trust is not None and name != "lr" and isinstance(domains[name], Interval)]
-    nodes[label] = Optimizable(level, rule, chunks, live, complements, domains, above, made, trust, spec.project, record["anchor"], paced)
+    if level == 0 and trust is not None and isinstance(domains["lr"], Positive) and any("lr" in names for names in spec.above):
+        record["climbing"] = record["climbing"].to(lr) if "climbing" in record else torch.ones_like(lr)
+    nodes[label] = Optimizable(
+        level, rule, chunks, live, complements, domains, above, made, trust, spec.project, record["anchor"], paced, record.get("climbing")
+    )
     nodes[label].kernel = kernel(spec, nodes[label])
     return nodes[label]
 

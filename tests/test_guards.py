@@ -1,6 +1,7 @@
 """Guards: numbers that are not finite change nothing that counts and never freeze training; trust ratios hold at every level."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -349,6 +350,57 @@ def test_the_trust_of_schedule_free_grows_over_the_first_steps(compile):
     assert changes[1] < allowed[1]
     assert changes[2] < allowed[2]
     assert [changes[0], *changes[3:]] == pytest.approx([allowed[0], *allowed[3:]], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "per"), [(ScheduleFree(Adam), "group"), (ScheduleFree(Adam), "tensor"), (Adam, "group"), (Adam, "tensor")]
+)
+def test_lr_climbs_fast_until_steps_do_something_or_a_hypergradient_says_down(rule, per):
+    def climb(slopes, lr=1e-8, **options):
+        rates = [lr]
+        w = nn.Parameter(torch.ones(4))
+        optimizer = Hyper(rule, lr=lr, per=per, **({"trust": 0.1} | options)).stack(Adam).bind([w])
+        for slope in slopes:
+            w.grad = torch.full_like(w, slope)
+            optimizer.step()
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+        moves = [math.log(b / a) for a, b in itertools.pairwise(rates)]
+        return moves[1:], rates[1:]  # in the first step there is no hypergradient yet
+
+    # Adam on top, with a step size of .1, takes a little less while hypergradients grow.
+    moves, rates = climb([-1e3] * 50)
+    fast = [move > 0.2 for move in moves]
+    assert all(0.4 < move < 0.51 if quick else 0 < move < 0.2 for move, quick in zip(moves, fast, strict=True))
+    # A step is a thousandth of the weights at lr = 1e-3: a hundredth of trust.
+    assert fast == [rate < 1e-3 for rate in rates[:-1]]
+    moves, _ = climb([-1e3] * 5, lr=1e-2)
+    assert all(0.08 < move < 0.11 for move in moves)
+    # One gradient to the other side ends it for good, though steps are as small as before.
+    moves, rates = climb([-1e3] * 8 + [1e3] + [-1e3] * 8)
+    assert min(moves[:7]) > 0.4
+    assert max(moves[7:]) < 0.11
+    assert max(rates) < 1e-5
+    moves, _ = climb([-1e3] * 5, trust=None)
+    assert all(0.08 < move < 0.11 for move in moves)
+    _, rates = climb([-1e3] * 5, lr=1e-8, domains={"lr": Real()}, trust=1e9)
+    assert rates[-1] == pytest.approx(0.4, rel=0.1)  # by .1 a step, where it is learned as it is
+
+
+def test_a_climb_goes_on_from_a_checkpoint():
+    (w, optimizer), (v, other) = (
+        (w, Hyper(ScheduleFree(Adam), lr=1e-8).stack(Adam).bind([w])) for w in (nn.Parameter(torch.ones(4)) for _ in range(2))
+    )
+    for slope in [-1e3, -1e3, -1e3, 1e3]:
+        w.grad = torch.full_like(w, slope)
+        optimizer.step()
+    v.data.copy_(w.data)
+    other.load_state_dict(optimizer.state_dict())
+    for x in (w, v):
+        x.grad = torch.full_like(x, -1e3)
+    for each in (optimizer, other):
+        each.step()
+        each.step()
+    assert torch.equal(optimizer.param_groups[0]["lr"], other.param_groups[0]["lr"])
 
 
 def test_trust_none_switches_off():
