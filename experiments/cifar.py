@@ -1,6 +1,6 @@
 """SGD with momentum and weight decay on CIFAR-10, held and learned, from every cell of the paper's grid of step sizes and momenta.
 
-    python -m experiments.cifar --jobs 2                                    estimate: 80 minutes on two cores; resumes
+    python -m experiments.cifar --jobs 2                                    85 minutes on two cores beside other work; resumes
     python -m experiments.cifar --images 50000 --epochs 200 --device cuda   the whole protocol; the paper's longest runs have 500 epochs
     python -m experiments.cifar --model vgg16                               or resnet18, resnet32, resnet44, resnet56
     python -m experiments.cifar --figures                                   the table and the figure from the results that are there
@@ -135,7 +135,7 @@ def draw(store: study.Store, path: Path) -> None:
         f"SGD held and learned. {protocol['title']}; mean of up to {protocol['seeds']} seeds, bands from the lowest to the highest"
     )
     figure.supxlabel(store.caption(), fontsize=7)
-    figure.savefig(path, dpi=72)
+    figure.savefig(path, dpi=64)
 
 
 def _errors(axes: Axes, store: study.Store, mu: float) -> None:
