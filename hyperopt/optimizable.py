@@ -54,8 +54,8 @@ class Optimizable:
         feasible: the set in which x stays, if there is one.
         anchor: what `guards.fade` remembers of lr.
         paced: the learned hyperparameters whose raw value moves by no more than `guards.PACE` in a step.
-        climbing: 1. as long as every hypergradient of lr said up and steps were negligible; lr goes up `guards.CLIMB` times as fast
-            then. None where it does not.
+        climbing: 1. as long as no hypergradient of lr said down and steps were negligible; lr goes up `guards.CLIMB` times as fast
+            then. None where it never does.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Optimizable:
         self.level, self.rule, self.chunks, self.live, self.complements = level, rule, chunks, live, complements
         self.domains, self.above, self.strategy = domains, above, strategy
         self.trust, self.feasible, self.anchor, self.paced, self.climbing = trust, feasible, anchor, paced, climbing
+        trusts = [node.trust for names, node in above if "lr" in names and node.trust is not None]
+        self.leap = min([guards.LEAP, *trusts])  # the largest move of lr in a step of a climb
         self._raw = self._split()
         self.kernel: Kernel | None = None
         self.constants: dict[str, tuple[float, float]] = {}  # in compiled code, of held hyperparameters: value and 1 − value
@@ -153,9 +155,10 @@ class Optimizable:
             for name in self.paced:
                 self.raw[name].clamp_(before[name] - guards.PACE, before[name] + guards.PACE)
             if self.climbing is not None:
-                self.climbing.mul_((counts == 0) | (q["lr"] < 0))
-                more = (guards.CLIMB - 1) * (self.raw["lr"] - before["lr"])
-                self.raw["lr"].add_(more.clamp(0, guards.LEAP) * self.climbing)
+                self.climbing.mul_((counts == 0) | (q["lr"] <= 0))
+                moved = self.raw["lr"] - before["lr"]
+                more = torch.minimum((guards.CLIMB - 1) * moved, self.leap - moved)
+                self.raw["lr"].add_(more.clamp_min(0) * self.climbing)
             keep = {name: h * gamma for name, h in healthy.items()}
             self.q = q
         return self._settle(written), keep
@@ -173,8 +176,8 @@ class Optimizable:
         if self.level:
             scale = guards.absolute_scale(moves, trust)
         else:
-            small = guards.relative_scale(moves, places, numel, trust * guards.NEGLIGIBLE)
-            grown = ((self.taken() + 1) / self.rule.warm).clamp(max=1) if self.rule.warm > 1 else 1.0
+            small = guards.relative_scale(moves, places, numel, trust * guards.NEGLIGIBLE).to(like)
+            grown = ((self.taken().to(like) + 1) / self.rule.warm).clamp(guards.NEGLIGIBLE, 1) if self.rule.warm > 1 else 1.0
             scale = (small * (grown / guards.NEGLIGIBLE)).clamp(max=1)
             if self.climbing is not None:
                 self.climbing.lerp_(self.climbing * (small == 1), ok)
@@ -266,7 +269,7 @@ class Optimizable:
         return Values(value, one_minus)
 
     def taken(self) -> Tensor:
-        """How many steps were taken, of the chunk that took most."""
+        """The largest number of steps that a chunk with a gradient has taken."""
         return guards.combined([chunk.t for chunk in self.chunks], torch.maximum, torch.amax)
 
     def _held(self, name: str) -> tuple[Tensor, Tensor]:

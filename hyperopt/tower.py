@@ -34,8 +34,8 @@ class Hyper:
         horizon: for how many past steps a hyperparameter of this level is held responsible, in steps, 1 to math.inf. 1 is
             the paper. Default 1000.
         trust: the largest move of this level's x in one step while its lr is learned: at level 0 relative to the size of the
-            weights (default 0.03; ScheduleFree 0.1, to which it grows over the first 20 steps), above it the change of a raw
-            hyperparameter (default 0.5); None for no limit.
+            weights (default 0.03; ScheduleFree 0.1, and it grows to its value, given or not, over the first 20 steps), above it the
+            change of a raw hyperparameter (default 0.5); None for no limit.
         domains: for hyperparameters of this level, the space in which they are learned if not the rule's own.
         per: one learned value per "group" of parameters, per "tensor" or per "coordinate".
         strategy: "tangents", or "graph" for the paper's autograd graph, a slow reference at horizon 1.

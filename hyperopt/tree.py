@@ -14,7 +14,7 @@ from .optimizable import Optimizable
 from .rule import Kernel, Rule
 from .tower import Hyper
 
-Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "x", "values" and "state" of those above level 0
+Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "climbing" where lr may
 
 
 def grow(spec: Hyper, rule: Rule, live: dict[str, Tensor], records: Records) -> dict[str, Optimizable]:
@@ -51,13 +51,18 @@ def _node(
     label = _label(level, branch)
     record = records.setdefault(label, {})
     lr = live["lr"] if "lr" in live else torch.ones_like(next(iter(live.values())))
-    record["anchor"] = record["anchor"].to(lr) if "anchor" in record else lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
     made, trust = strategy(spec, rule, level), spec.trust_at(level)
+    climbing = record.pop("climbing", None)
+    if level == 0 and trust is not None and domains.get("lr") == Positive() and any("lr" in names for names in spec.above):
+        # A run that is under way without it does not begin to climb.
+        climbing = torch.full_like(lr, "anchor" not in record) if climbing is None else climbing.to(lr)
+        record["climbing"] = climbing
+    else:
+        climbing = None
+    record["anchor"] = record["anchor"].to(lr) if "anchor" in record else lr.abs().clamp_min(torch.finfo(lr.dtype).tiny).log()
     paced = [name for names in spec.above for name in names if trust is not None and name != "lr" and isinstance(domains[name], Interval)]
-    if level == 0 and trust is not None and isinstance(domains["lr"], Positive) and any("lr" in names for names in spec.above):
-        record["climbing"] = record["climbing"].to(lr) if "climbing" in record else torch.ones_like(lr)
     nodes[label] = Optimizable(
-        level, rule, chunks, live, complements, domains, above, made, trust, spec.project, record["anchor"], paced, record.get("climbing")
+        level, rule, chunks, live, complements, domains, above, made, trust, spec.project, record["anchor"], paced, climbing
     )
     nodes[label].kernel = kernel(spec, nodes[label])
     return nodes[label]

@@ -386,11 +386,21 @@ def test_lr_climbs_fast_until_steps_do_something_or_a_hypergradient_says_down(ru
     assert rates[-1] == pytest.approx(0.4, rel=0.1)  # by .1 a step, where it is learned as it is
 
 
-def test_a_climb_goes_on_from_a_checkpoint():
-    (w, optimizer), (v, other) = (
-        (w, Hyper(ScheduleFree(Adam), lr=1e-8).stack(Adam).bind([w])) for w in (nn.Parameter(torch.ones(4)) for _ in range(2))
-    )
-    for slope in [-1e3, -1e3, -1e3, 1e3]:
+def climbed(tower, steps=1, lr=1e-8):
+    """Weights and an optimizer after some steps along a slope."""
+    w = nn.Parameter(torch.ones(4))
+    optimizer = tower.replace(lr=lr).bind([w])
+    for _ in range(steps):
+        w.grad = torch.full_like(w, -1e3)
+        optimizer.step()
+    return w, optimizer
+
+
+@pytest.mark.parametrize("slopes", [[-1e3, -1e3], [-1e3, 1e3]])
+def test_a_checkpoint_knows_whether_the_climb_has_ended(slopes):
+    tower = Hyper(ScheduleFree(Adam)).stack(Adam)
+    (w, optimizer), (v, other) = climbed(tower, 3), climbed(tower, 0)
+    for slope in slopes:
         w.grad = torch.full_like(w, slope)
         optimizer.step()
     v.data.copy_(w.data)
@@ -401,6 +411,49 @@ def test_a_climb_goes_on_from_a_checkpoint():
         each.step()
         each.step()
     assert torch.equal(optimizer.param_groups[0]["lr"], other.param_groups[0]["lr"])
+
+
+def test_without_trust_there_is_no_climb_whatever_the_checkpoint_says():
+    _, optimizer = climbed(Hyper(Adam).stack(Adam), 3)
+    w, other = climbed(Hyper(Adam, trust=None).stack(Adam), 0)
+    other.load_state_dict(optimizer.state_dict())
+    before = values(other)
+    w.grad = torch.full_like(w, -1e3)
+    other.step()
+    assert 0.08 < math.log(values(other) / before) < 0.12
+
+
+@pytest.mark.parametrize("top", [Hyper(Adam, lr=1.0, trust=0.05), Hyper(SGD, lr=1e30), Hyper(SGD, lr=1e30, trust=0.2)], ids=str)
+def test_a_climb_stays_within_the_trust_of_the_level_above(top):
+    _, optimizer = climbed(Hyper(Adam).stack(top), 1)
+    _, other = climbed(Hyper(Adam).stack(top), 2)
+    assert math.log(values(other) / values(optimizer)) <= (0.5 if top.trust == "default" else top.trust) * (1 + 1e-3)
+
+
+def test_a_hypergradient_of_zero_does_not_end_a_climb():
+    a, b = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = Hyper(Adam, lr=1e-8, per="tensor").stack(Adam).bind([a, b])
+    for step in range(8):
+        before = optimizer.param_groups[0]["lr"].clone()
+        a.grad = torch.full_like(a, -1e3)
+        b.grad = None if step == 3 else torch.zeros_like(b) if step == 4 else torch.full_like(b, -1e3)
+        optimizer.step()
+    assert ((optimizer.param_groups[0]["lr"] / before).log() > 0.3).all()
+
+
+@pytest.mark.parametrize("rule", [Adam, ScheduleFree(Adam)])
+def test_a_compiled_climb_is_the_same(rule):
+    rates = []
+    for compile in (False, True):
+        w = nn.Parameter(torch.ones(4))
+        optimizer = Hyper(rule, lr=1e-8).stack(Adam).bind([w], compile=compile)
+        rates.append([])
+        for step in range(40):
+            w.grad = torch.full_like(w, -1e3 if step != 20 else 1e3)
+            optimizer.step()
+            rates[-1].append(values(optimizer))
+    assert rates[0] == pytest.approx(rates[1], rel=1e-3)
+    assert rates[0][19] > 20 * 1.4 * rates[0][0]
 
 
 def test_trust_none_switches_off():

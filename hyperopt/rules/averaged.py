@@ -46,7 +46,7 @@ def _averaged(base: Any) -> type[Rule]:
         raise TypeError(f"Averaged takes a rule that does not average by itself, got {type(plain).__name__}")
     made = compose(_Averaged, _averaged, base, also=[("decay", hyper(0.98, UnitInterval()))])
     plain = base()
-    for name in ("elementwise", "trust", "first_moment", "moves"):
+    for name in ("elementwise", "trust", "warm", "first_moment", "moves"):
         setattr(made, name, getattr(plain, name))
     return made
 
