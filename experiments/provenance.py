@@ -24,8 +24,10 @@ def stamp() -> dict[str, Any]:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """One line for under a figure."""
-    return f"{result['command']} · {result['machine']} · torch {result['torch']} · commit {result['commit']}"
+    """One line for under a figure: command, machine and torch of the first run, and every commit that a run was made with."""
+    runs = result.get("runs", {}).values()
+    commits = dict.fromkeys(run["commit"] for run in runs if "commit" in run) or [result["commit"]]
+    return f"{result['command']} · {result['machine']} · torch {result['torch']} · commit {', '.join(commits)}"
 
 
 def _processor() -> str:

@@ -342,9 +342,8 @@ class Store:
         return [self.runs[key] for key in keys if key in self.runs]
 
     def caption(self) -> str:
-        """Command, machine, torch and every commit that a run was made with, on one line."""
-        commits = dict.fromkeys(run["commit"] for run in self.runs.values())
-        return provenance.caption({**self.result, "commit": ", ".join(commits) or self.result["commit"]})
+        """Where the runs come from, on one line."""
+        return provenance.caption(self.result)
 
 
 def tasks(
