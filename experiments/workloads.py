@@ -201,7 +201,7 @@ WORKLOADS = {
             guess=90,
             steps=3 * 157,
             batch=128,
-            make=partial(models.resnet, 20),
+            make=partial(_channels_last, "resnet20"),
             read=partial(_cifar10, 20_000),
             flip=True,
         ),
