@@ -26,7 +26,7 @@ def stamp() -> dict[str, Any]:
 def caption(result: dict[str, Any]) -> str:
     """One line for under a figure: command, machine and torch of the first run, and every commit that a run was made with."""
     runs = result.get("runs", {}).values()
-    commits = dict.fromkeys(run["commit"] for run in runs if "commit" in run) or [result["commit"]]
+    commits = dict.fromkeys(run.get("commit", result["commit"]) for run in runs) or [result["commit"]]
     return f"{result['command']} · {result['machine']} · torch {result['torch']} · commit {', '.join(commits)}"
 
 

@@ -1,6 +1,7 @@
 """One hyperparameter started from a bad value: how much of the error that it costs is won back by learning it.
 
     python -m experiments.useful                20 minutes on one core, resumes where it was stopped
+    python -m experiments.useful --again TOWER  forgets the runs of this tower first, "Adam(eps=1) / Adam" for example
     python -m experiments.useful --figures      the table and the figure from the results that are there
 
 Protocol: MNIST and Fashion-MNIST, MLP 784-128-10, tanh, batch 256, 3 epochs, cross entropy; within a seed every run has the same initial
@@ -225,24 +226,30 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     validation: Annotated[bool, typer.Option(help="measure on held-out training images, into useful_validation.json")] = False,
+    again: Annotated[list[str] | None, typer.Option(help="forget the results of this tower; may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/results"),
     figures: Annotated[bool, typer.Option(help="draw from the results that are there, train nothing")] = False,
 ) -> None:
     """Run every row, print the table and draw the figure."""
+    all_towers = list(dict.fromkeys(tower for case in CASES for v in VARIANTS for tower in towers(case, v).values()))
+    for tower in again or ():
+        if tower not in all_towers:
+            raise typer.BadParameter(f"{tower!r} is none of {', '.join(map(repr, all_towers))}", param_hint="--again")
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("useful_validation.json" if validation else "useful.json")
     measured = "validation" if validation else "test"
     new = {**provenance.stamp(), "measured": measured, "epochs": epochs, "seeds": seeds, "runs": {}}
     result = json.loads(path.read_text()) if path.exists() else new
     runs = result["runs"]
-    all_towers = [tower for case in CASES for v in VARIANTS for tower in towers(case, v).values()]
-    wanted = dict.fromkeys((d, tower, s) for s in range(seeds) for d in DATASETS for tower in all_towers)
+    for name in [name for name in runs if name.split(" | ")[1] in (again or ())]:
+        del runs[name]
+    wanted = [(d, tower, s) for s in range(seeds) for d in DATASETS for tower in all_towers]
     missing = [run for run in wanted if key(*run) not in runs]
     if missing and not figures:
         torch.set_flush_denormal(True)  # v at beta2 = 0.1 decays below 1e-38, where arithmetic is ten times slower
         images = {name: data.load(name, validation=validation) for name in DATASETS}
         for dataset, tower, seed in tqdm(missing, unit="run"):
-            runs[key(dataset, tower, seed)] = train(tower, images[dataset], seed, epochs)
+            runs[key(dataset, tower, seed)] = train(tower, images[dataset], seed, epochs) | {"commit": new["commit"]}
             path.write_text(json.dumps(result) + "\n")
     result |= {"seeds": seeds, "table": table(runs, seeds)}
     path.write_text(json.dumps(result) + "\n")

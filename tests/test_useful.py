@@ -7,8 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from experiments import data, useful
+from experiments import data, provenance, useful
 
+STAMP = {"command": "python -m experiments.useful", "machine": "a machine", "torch": "2.11", "commit": "0", "measured": "test"}
 RESULT = Path(useful.__file__).parent / "results" / "useful.json"
 
 
@@ -103,8 +104,7 @@ def test_each_tower_learns_what_its_row_says(case, variant):
 
 def test_script_draws_from_the_results_that_are_there(tmp_path):
     made = runs({"good": [3.0, 3.1], "bad": [40.0, 39.0], "learned": [5.0, 5.1]})
-    stamp = {"command": "python -m experiments.useful", "machine": "a machine", "torch": "2.11", "commit": "0", "measured": "test"}
-    (tmp_path / "useful.json").write_text(json.dumps({**stamp, "epochs": 3, "seeds": 2, "runs": made}))
+    (tmp_path / "useful.json").write_text(json.dumps({**STAMP, "epochs": 3, "seeds": 2, "runs": made}))
     app = useful.typer.Typer()
     app.command()(useful.main)
     outcome = CliRunner().invoke(app, ["--seeds", "2", "--figures", "--out", str(tmp_path)])
@@ -113,3 +113,28 @@ def test_script_draws_from_the_results_that_are_there(tmp_path):
     assert len(result["table"]) == 16
     assert (tmp_path / "useful.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len([line for line in outcome.output.splitlines() if line.startswith("| ")]) == 2 + 16
+
+
+def test_again_forgets_the_runs_of_a_tower_alone(tmp_path, monkeypatch):
+    path = tmp_path / "useful.json"
+    made = runs({"good": [3.0], "bad": [40.0], "learned": [5.0]})
+    path.write_text(json.dumps({**STAMP, "epochs": 3, "seeds": 1, "runs": made}))
+    app = useful.typer.Typer()
+    app.command()(useful.main)
+    new = {"error": 7.0, "steps": [1, 2], "courses": {"lr": [1.0, 1.0]}}
+    trained = []
+    monkeypatch.setattr(data, "load", lambda name, validation: name)
+    monkeypatch.setattr(useful, "train", lambda tower, images, seed, epochs: trained.append((tower, images)) or new)
+    outcome = CliRunner().invoke(app, ["--seeds", "1", "--again", "Adam(eps=1) / Adam", "--out", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output
+    assert trained == [("Adam(eps=1) / Adam", "mnist"), ("Adam(eps=1) / Adam", "fashion")]
+    result = json.loads(path.read_text())
+    assert {key for key, run in result["runs"].items() if run["error"] == 7} == {f"{d} | Adam(eps=1) / Adam | 0" for d in useful.DATASETS}
+    commits = {run.get("commit") for run in result["runs"].values()}
+    assert len(commits) == 2
+    assert all((commit or STAMP["commit"]) in provenance.caption(result) for commit in commits)
+    before = path.read_text()
+    outcome = CliRunner().invoke(app, ["--again", "Adam(eps=2) / Adam", "--out", str(tmp_path)])
+    assert outcome.exit_code == 2
+    assert "Adam(eps=2) / Adam" in outcome.output
+    assert path.read_text() == before
