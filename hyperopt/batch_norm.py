@@ -22,6 +22,7 @@ def batch_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]
 
     Raises:
         ValueError: no batches for a model that has BatchNorm.
+        TypeError: no module, or batches that cannot be iterated over, or a single one.
 
     Source: Izmailov et al. 2018 (arXiv 1803.05407); the pass itself is torch.optim.swa_utils.update_bn.
 
@@ -32,6 +33,10 @@ def batch_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]
     >>> with optimizer.averaged(), batch_statistics(model, [torch.randn(8, 2)]):
     ...     out = model.eval()(torch.randn(4, 2))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"batch_statistics takes the model first, a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batch_statistics takes a list or loader of batches, got {type(batches).__name__}: give [x] for a single one")
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
     modes = {module: module.training for module in model.modules()}

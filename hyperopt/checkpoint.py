@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+
+from .rule import check as check_value
 from .tower import Hyper
 
 
@@ -15,7 +18,7 @@ def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str,
         driven: whether it drives another optimizer.
 
     Raises:
-        ValueError: a checkpoint of another tower, or of parameters of other shapes.
+        ValueError: a checkpoint of another tower or feasible set, of parameters of other shapes, or with a value outside its domain.
     """
     groups = state_dict.get("param_groups", [])
     if len(groups) != len(param_groups):
@@ -44,3 +47,9 @@ def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str,
         missing = tower.rule.declared().keys() - saved.keys()
         if missing:
             raise ValueError(f"the checkpoint's group has no {', '.join(sorted(missing))}: it was changed since it was written")
+        for name in tower.rule.declared():
+            for end in torch.as_tensor(saved[name]).aminmax():
+                check_value(f"the checkpoint's {name}", end.item(), tower.domain(name))
+        if saved.get("project") != group.get("project"):
+            sets = f"project={saved.get('project')} and this one project={group.get('project')}"
+            raise ValueError(f"the checkpoint's group has {sets}: bind groups with the same sets")

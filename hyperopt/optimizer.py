@@ -32,7 +32,7 @@ class HyperOptimizer(Optimizer):
 
     Raises:
         ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group.
-        TypeError: a complex parameter.
+        TypeError: a complex parameter, a `compile` that is not True or False.
 
     >>> import torch
     >>> from hyperopt import Hyper, Adam, SGD
@@ -51,6 +51,8 @@ class HyperOptimizer(Optimizer):
             raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
         if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
             raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False, got {compile!r}")
         self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
         self._bound: list[Group] = []
         self._averaged = False
@@ -69,6 +71,8 @@ class HyperOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group is a dictionary, {{'params': parameters}}, got {type(param_group).__name__}")
         if "params" not in param_group:
             raise ValueError(f"a parameter group needs an entry 'params', got only {', '.join(map(repr, param_group))}")
         if self.driven is not None:
@@ -120,8 +124,7 @@ class HyperOptimizer(Optimizer):
             ValueError: a number assigned to a parameter group that lies outside its domain (a tensor is not looked at, as that
                 would wait for the device: what lies outside is ignored).
         """
-        if self._averaged:
-            raise RuntimeError("step() inside averaged(): the parameters hold the averaged weights there; leave the context first")
+        self._check_outside("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,10 +184,13 @@ class HyperOptimizer(Optimizer):
         if self.tower.strategy == "graph":
             raise RuntimeError("strategy='graph' has no tangents for another loss: give strategy='tangents'")
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"hyper_backward needs a loss of one number that depends on the parameters, got {loss!r}")
+            got = f"shape {tuple(loss.shape)}, requires_grad {loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(f"hyper_backward needs a loss of one number that depends on the parameters, got {got}")
         params = [p for group in groups for p in group.params if p.requires_grad]
         grads: dict[Tensor, Tensor | None] = {p: None for group in groups for p in group.params}
         grads |= dict(zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True))
+        if all(g is None for g in grads.values()):
+            raise ValueError("hyper_backward was given a loss that depends on none of the parameters: make it from the model as it is now")
         for group in groups:
             group.hold_out(grads, group.rule.average or "x" if self._averaged else "x")
 
@@ -196,7 +202,8 @@ class HyperOptimizer(Optimizer):
         `batch_statistics(model, batches)` takes them anew.
 
         Raises:
-            RuntimeError: a step inside.
+            RuntimeError: a step inside; the optimizer saved, loaded, copied or pickled inside, as the model beside it would have other
+                weights than it goes on from.
         """
         names = {p: group.rule.average for group in self._groups() for p in group.params}
         pairs = [(p, self.state[p][name]) for p, name in names.items() if name and name in self.state.get(p, {})]
@@ -233,7 +240,7 @@ class HyperOptimizer(Optimizer):
         """As torch.optim; tensors and plain values only, so that torch.load(weights_only=True) reads it.
 
         Raises:
-            RuntimeError: with strategy="graph", whose autograd graph cannot be saved.
+            RuntimeError: inside `averaged()`; with strategy="graph", whose autograd graph cannot be saved.
         """
         self._check_saves()
         driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
@@ -243,8 +250,11 @@ class HyperOptimizer(Optimizer):
         """Take over a checkpoint; training then goes on bit for bit.
 
         Raises:
-            ValueError: a checkpoint of another tower, or of parameters of other shapes; nothing is changed then.
+            ValueError: a checkpoint of another tower or another feasible set, of parameters of other shapes, or with a value
+                outside its domain; nothing is changed then.
+            RuntimeError: inside `averaged()`.
         """
+        self._check_outside("load_state_dict()")
         final: dict[str, Any] = {}
 
         def inspect(_: Optimizer, given: dict[str, Any]) -> None:
@@ -295,7 +305,12 @@ class HyperOptimizer(Optimizer):
     def _rebuild(self) -> None:
         self._bound = [Group(self.tower, group, self.state, compile=self.compile) for group in self.param_groups]
 
+    def _check_outside(self, what: str) -> None:
+        if self._averaged:
+            raise RuntimeError(f"{what} inside averaged(): the parameters hold the averaged weights there; leave the context first")
+
     def _check_saves(self) -> None:
+        self._check_outside("a checkpoint or a copy")
         if any(not group.saves() for group in self._groups()):
             raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
 

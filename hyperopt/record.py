@@ -135,7 +135,12 @@ class Recorder:
 
         Args:
             writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar`.
+
+        Raises:
+            TypeError: no writer.
         """
+        if not hasattr(writer, "add_scalar"):
+            raise TypeError(f"to_tensorboard needs a writer, such as SummaryWriter(folder), got {writer!r}")
         for tag, column in self._read(self._written).items():
             for step, value in zip(self._steps[self._written :], column, strict=True):
                 if not np.isnan(value):
@@ -192,9 +197,21 @@ class Recorder:
 
 
 def read_csv(path: str | Path) -> dict[str, np.ndarray]:
-    """Read back what `Recorder.to_csv` wrote: `step` (integers) and one float column per key."""
+    """Read back what `Recorder.to_csv` wrote: `step` (integers) and one float column per key.
+
+    Raises:
+        ValueError: a file that it did not write, or that was cut or changed since, naming the line.
+    """
     with Path(path).open(newline="") as file:
-        header, *rows = csv.reader(file)
-    columns = {key: np.array([float(row[i]) for row in rows]) for i, key in enumerate(header)}
-    columns["step"] = columns["step"].astype(np.int64)
-    return columns
+        lines = list(csv.reader(file))
+    if not lines or "step" not in lines[0]:
+        raise ValueError(f"{path} is no schedule: its first line needs a column 'step', as Recorder.to_csv writes it")
+    header, *rows = lines
+    columns: dict[str, list[float]] = {name: [] for name in header}
+    for line, row in enumerate(rows, 2):
+        try:
+            for name, number in zip(header, row, strict=True):
+                columns[name].append(float(number))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {len(header)} numbers are needed, one for each column: {error}") from None
+    return {name: np.array(column, dtype=np.int64 if name == "step" else np.float64) for name, column in columns.items()}

@@ -210,7 +210,8 @@ def check(argument: str, value: Any, domain: Domain) -> None:
         raise TypeError(f"{argument} must be a number, got {value!r}")
     if not domain.admits(value):
         low, high = domain.bounds()
-        inside = "a finite number" if low == -math.inf else f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+        bounded = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}, and finite"
+        inside = "a finite number" if low == -math.inf else bounded
         raise ValueError(f"{argument} = {value!r} is outside its domain {domain!r}: give {inside}")
 
 

@@ -51,9 +51,11 @@ class Replay:
         self._steps, columns = _read(source)
         wanted = {names} if isinstance(names, str) else None if names is None else set(names)
         absent = (wanted or set()) - {name.partition("[")[0] for name in columns}
-        if absent or not columns or not len(self._steps):
+        if absent or not columns:
             recorded = ", ".join(columns) or "nothing of level 0"
             raise ValueError(f"{', '.join(sorted(absent)) or 'a schedule'} cannot be replayed: {recorded} was recorded")
+        if not len(self._steps):
+            raise ValueError("a schedule without a step cannot be replayed: record at least one")
         if (np.diff(self._steps) <= 0).any():
             raise ValueError("the steps of a schedule must increase, as those of a Recorder do")
         self._columns: list[tuple[dict[str, Any], str, np.ndarray]] = []

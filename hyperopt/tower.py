@@ -235,7 +235,10 @@ class Hyper:
         return f"Hyper({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Hyper) and str(self) == str(other)
+        if not isinstance(other, Hyper):
+            return False
+        # Two rules may have the same name, as a user's own SGD does.
+        return str(self) == str(other) and type(self.rule) is type(other.rule) and self.above == other.above
 
     def __hash__(self) -> int:
         return hash(str(self))

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import math
 import pickle
+from functools import partial
 
 import pytest
 import schedulefree
 import torch
 from cases import CASES
+from small import differences, snapshot
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -450,6 +452,24 @@ def test_a_decay_of_0_keeps_the_last_weights_and_one_may_be_assigned():
     expected = last + share * (flat(model) - last)
     with optimizer.averaged():
         torch.testing.assert_close(flat(model), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tower", [Hyper(Averaged(Adam)).stack(Adam), Hyper(ScheduleFree(Adam)).stack(Adam)], ids=str)
+def test_nothing_is_saved_loaded_or_copied_while_the_parameters_hold_the_average(tower):
+    model, optimizer = trained(tower, range(3))
+    kept = optimizer.state_dict()
+    before = snapshot(model, optimizer)
+    inside = [
+        optimizer.state_dict,
+        partial(optimizer.load_state_dict, kept),
+        partial(copy.deepcopy, (model, optimizer)),
+        partial(pickle.dumps, optimizer),
+    ]
+    for act in inside:
+        with optimizer.averaged(), pytest.raises(RuntimeError, match=r"inside averaged\(\): .*leave the context first"):
+            act()
+        assert differences(before, snapshot(model, optimizer)) == []
+        act()  # outside all are well
 
 
 @pytest.mark.parametrize("composed", [Averaged, ScheduleFree])

@@ -64,6 +64,19 @@ def test_they_come_back_after_an_exception_inside_and_in_the_pass_itself():
     assert not any(m.training for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (net(), torch.ones(16, 1, 6, 6), r"got Tensor: give \[x\] for a single one"),
+        (net(), None, "a list or loader of batches, got NoneType"),
+        (batches(), net(), "the model first, a torch.nn.Module, got list"),
+    ],
+)
+def test_what_is_no_model_or_no_batches_is_named(model, given, message):
+    with pytest.raises(TypeError, match=message), batch_statistics(model, given):
+        pass
+
+
 def test_without_batch_norm_no_batch_is_run():
     with batch_statistics(nn.Linear(2, 2), iter([1 / 2, "not a batch"])) as nothing:
         assert nothing is None

@@ -35,6 +35,12 @@ def assert_goes_on_as(model, optimizer, twin, other):
 # ---- parameters
 
 
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_compile_is_true_or_false(value):
+    with pytest.raises(TypeError, match=f"compile must be True or False, got {value!r}"):
+        CHAIN.bind(net().parameters(), compile=value)
+
+
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
@@ -79,6 +85,7 @@ def test_values_on_other_domains_are_checked_per_group():
 
 BAD_GROUPS = [
     (lambda model: {"params": []}, ValueError),
+    (lambda model: [("params", list(model.parameters()))], TypeError),
     (lambda model: {"params": list(model.parameters())[:1]}, ValueError),
     (lambda model: {"params": [nn.Parameter(torch.ones(2))] * 2}, ValueError),
     (lambda model: {"params": [nn.Parameter(torch.ones(2))], "momentum": 0.9}, ValueError),
@@ -96,10 +103,10 @@ def test_a_failing_add_param_group_leaves_the_optimizer_as_it_was(group, error):
     model, optimizer = trained()
     twin, other = copy.deepcopy((model, optimizer))
     given = group(model)
-    kept = copy.copy(given)
+    kept = list(given)
     with pytest.raises(error):
         optimizer.add_param_group(given)
-    assert given.keys() == kept.keys()
+    assert list(given) == kept
     assert_goes_on_as(model, optimizer, twin, other)
     good = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [good]})
@@ -234,6 +241,13 @@ def test_betas_assigned_to_a_group_name_the_remedy():
         (lambda given: given["param_groups"][0].pop("lr"), "has no lr"),
         (lambda given: given["param_groups"][0]["tower"].pop("shapes"), "a part of it is missing"),
         (lambda given: given.pop("state"), "a part of it is missing"),
+        (lambda given: given["param_groups"][0].update(lr=torch.tensor(math.nan)), "checkpoint's lr = nan is outside its domain"),
+        (
+            lambda given: given["param_groups"][0].update(lr=torch.tensor([1.0, -1.0])),
+            "checkpoint's lr = -1.0 is outside .*at least 0, and",
+        ),
+        (lambda given: given["param_groups"][0].update(beta1=1.5), "checkpoint's beta1 = 1.5 is outside its domain"),
+        (lambda given: given["param_groups"][0].update(project="Ball(1.0)"), r"project=Ball\(1.0\) and this one project=None: bind groups"),
     ],
 )
 def test_a_spoiled_checkpoint_raises_and_changes_nothing(spoil, message):

@@ -130,8 +130,10 @@ def test_what_cannot_teach_is_refused():
     optimizer = Hyper(Adam).stack(Adam).bind(model.parameters())
     with pytest.raises(ValueError, match="one number that depends on the parameters"):
         optimizer.hyper_backward(torch.tensor(1.0))
-    with pytest.raises(ValueError, match="one number that depends on the parameters"):
+    with pytest.raises(ValueError, match=r"one number that depends on the parameters, got shape \(2, 3\), requires_grad True"):
         optimizer.hyper_backward(model(torch.ones(2, 4)))
+    with pytest.raises(ValueError, match="depends on none of the parameters: make it from the model as it is now"):
+        optimizer.hyper_backward(torch.ones(2, requires_grad=True).sum())
     with pytest.raises(RuntimeError, match="stack an optimizer on it"):
         Hyper(Adam).bind(model.parameters()).hyper_backward(loss_at(model, 0))
     with pytest.raises(RuntimeError, match="strategy='tangents'"):

@@ -135,6 +135,27 @@ def test_csv_of_nothing(tmp_path):
     assert list(read_csv(tmp_path / "empty.csv")) == ["step"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "first line needs a column 'step'"),
+        ("hello\n1\n", "first line needs a column 'step'"),
+        ("step,0.lr\n1,0.1\n2\n", "line 3: 2 numbers are needed"),
+        ("step,0.lr\n1,0.1,7\n", "line 2: 2 numbers are needed"),
+        ("step,0.lr\n1,abc\n", "line 2: .*'abc'"),
+    ],
+)
+def test_a_file_that_is_no_schedule_is_named_with_the_line(tmp_path, text, message):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.csv.*" + message):
+        read_csv(tmp_path / "bad.csv")
+
+
+def test_a_folder_is_no_writer():
+    with pytest.raises(TypeError, match=r"needs a writer, such as SummaryWriter.*got 'runs'"):
+        Recorder(Scripted()).to_tensorboard("runs")
+
+
 def test_png_draws_what_moved(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []

@@ -68,6 +68,13 @@ def test_a_rule_instance_and_a_class_with_keywords_are_the_same():
     assert Hyper(Adam(lr=0.1), beta1=0.5) == Hyper(Adam, lr=0.1, beta1=0.5)
 
 
+def test_rules_of_the_same_name_make_towers_that_differ():
+    mine = dataclass(frozen=True)(type("SGD", (SGD,), {}))
+    assert Hyper(mine) != Hyper(SGD)
+    assert Hyper(SGD).stack(mine) != Hyper(SGD).stack(SGD)
+    assert Hyper(SGD).stack(mine) == Hyper(SGD).stack(mine) != "SGD / SGD"
+
+
 def test_betas_stand_for_beta1_and_beta2():
     both = Hyper(Adam, betas=(0.8, 0.95))
     assert (both.rule.beta1, both.rule.beta2) == (0.8, 0.95)
