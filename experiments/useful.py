@@ -56,6 +56,10 @@ BOUND = (
 )
 LOOSE = "there is little to win, a point or less, and beta2 hardly moves for it, slowly and to and fro"
 SMALL = "learning lr alone already makes up for nearly all that the bad value costs; what is left is a few tenths of a point"
+AFTER = (
+    "eps does not stop at a good value: it falls through nine decades, each of which makes the steps larger, and lr has to follow it down, "
+    "to 1.4e-4, less than is good"
+)
 AWAY = (
     "learning lr alone already makes up for nearly all that the bad value costs, and the clip does not stop at a good value: it rises past "
     "1e4, where it clips nothing"
@@ -63,7 +67,7 @@ AWAY = (
 WHY = {
     ("lr held", "beta2"): LOOSE,
     ("lr learned", "beta2"): BOUND,
-    ("lr learned", "eps"): SMALL,
+    ("lr learned", "eps"): AFTER,
     ("lr learned", "eta"): SMALL,
     ("lr learned", "clip"): AWAY,
 }
