@@ -18,7 +18,8 @@ def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str,
         driven: whether it drives another optimizer.
 
     Raises:
-        ValueError: a checkpoint of another tower or feasible set, of parameters of other shapes, or with a value outside its domain.
+        ValueError: a checkpoint of another tower, of parameters of other shapes, without this group's feasible set, or with a value
+            outside its domain.
     """
     groups = state_dict.get("param_groups", [])
     if len(groups) != len(param_groups):
@@ -50,6 +51,5 @@ def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str,
         for name in tower.rule.declared():
             for end in torch.as_tensor(saved[name]).aminmax():
                 check_value(f"the checkpoint's {name}", end.item(), tower.domain(name))
-        if saved.get("project") != group.get("project"):
-            sets = f"project={saved.get('project')} and this one project={group.get('project')}"
-            raise ValueError(f"the checkpoint's group has {sets}: bind groups with the same sets")
+        if group.get("project") is not None and saved.get("project") is None:
+            raise ValueError(f"the checkpoint's group has no set and this one project={group['project']}: bind a group without one")

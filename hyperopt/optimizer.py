@@ -250,8 +250,8 @@ class HyperOptimizer(Optimizer):
         """Take over a checkpoint; training then goes on bit for bit.
 
         Raises:
-            ValueError: a checkpoint of another tower or another feasible set, of parameters of other shapes, or with a value
-                outside its domain; nothing is changed then.
+            ValueError: a checkpoint of another tower, of parameters of other shapes, without the feasible set that a group has, or
+                with a value outside its domain; nothing is changed then.
             RuntimeError: inside `averaged()`.
         """
         self._check_outside("load_state_dict()")

@@ -9,7 +9,7 @@ import torch
 from small import backward, differences, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, Hyper, Interval, Real
+from hyperopt import SGD, Adam, Box, Hyper, Interval, Real
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
 
@@ -247,7 +247,6 @@ def test_betas_assigned_to_a_group_name_the_remedy():
             "checkpoint's lr = -1.0 is outside .*at least 0, and",
         ),
         (lambda given: given["param_groups"][0].update(beta1=1.5), "checkpoint's beta1 = 1.5 is outside its domain"),
-        (lambda given: given["param_groups"][0].update(project="Ball(1.0)"), r"project=Ball\(1.0\) and this one project=None: bind groups"),
     ],
 )
 def test_a_spoiled_checkpoint_raises_and_changes_nothing(spoil, message):
@@ -256,6 +255,17 @@ def test_a_spoiled_checkpoint_raises_and_changes_nothing(spoil, message):
     spoil(given)
     twin, other = copy.deepcopy((model, optimizer))
     with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(given)
+    assert_goes_on_as(model, optimizer, twin, other)
+
+
+def test_a_checkpoint_without_the_set_of_a_group_raises_and_changes_nothing():
+    given = trained()[1].state_dict()
+    model = net()
+    optimizer = CHAIN.bind([{"params": model.parameters(), "project": Box(-0.5, 0.5)}])
+    train(model, optimizer, range(3))
+    twin, other = copy.deepcopy((model, optimizer))
+    with pytest.raises(ValueError, match=r"no set and this one project=Box\(-0.5, 0.5\): bind a group without one"):
         optimizer.load_state_dict(given)
     assert_goes_on_as(model, optimizer, twin, other)
 
