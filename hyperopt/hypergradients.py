@@ -191,20 +191,31 @@ def gamma(horizon: float) -> float:
     return 1.0 - 1.0 / horizon if horizon < math.inf else 1.0
 
 
-def share(node: "Optimizable", chunk: "Chunk", g: Tensor, of: str = "x") -> Raw:
-    """What one chunk adds to Zᵀg, for a gradient at x or at one of the states."""
-    if of == "x" and node.implied():
-        shares = [_share(node, part) for part in chunk.parts(g, chunk.one, clean=True)]
+def share(node: "Optimizable", chunk: "Chunk", g: Tensor, of: str | None = None) -> Raw:
+    """What one chunk adds to Zᵀg.
+
+    Args:
+        node: whose x it is part of.
+        chunk: the chunk.
+        g: a gradient.
+        of: where it was taken: "x" or the name of a state. None for the gradient of a step, taken at x, where the rule evaluates at
+            its average for the one there: what lr moves then has the tangent of that average.
+    """
+    if of in (None, "x") and node.implied():
+        shares = [_share(node, part, step=of is None) for part in chunk.parts(g, chunk.one, clean=True)]
         return combine(node, shares) if any(shares) else {}
+    of = of or "x"
     found = {name: tangent[of] for name, tangent in chunk.tangents.items() if of in tangent}
     return {name: chunk.inner(name, g, z).to(node.raw[name]) for name, z in found.items()}
 
 
-def _share(node: "Optimizable", part: "Part") -> Raw:
+def _share(node: "Optimizable", part: "Part", *, step: bool) -> Raw:
     """What a part adds where tangents of x are made of those of the state."""
     assert node.rule.weights is not None
+    stands = {node.rule.moves: node.rule.average} if step and node.rule.average else {}
     q: Raw = {}
-    for name, tangent in part.tangents.items():
+    for name, kept in part.tangents.items():
+        tangent = {key: kept[of] for key in part.state if (of := stands.get(key, key)) in kept}
         with forward_ad.dual_level():
             z = forward_ad.unpack_dual(node.rule.weights(_duals(part.state, tangent))).tangent
             if z is not None:

@@ -103,7 +103,7 @@ class Rule(ABC):
     moves: ClassVar[str] = "x"  # what lr moves: x, or the state of this name
     average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
     # x as a function of the state that the same step left, where it is one. `update` does not read x then, and at level 0 and horizons
-    # above 1 tangents of x are not kept.
+    # above 1 tangents of x are not kept, and hypergradients go through the average.
     weights: ClassVar[Callable[[State], Tensor] | None] = None
 
     @abstractmethod

@@ -198,15 +198,17 @@ def test_what_a_large_model_learns_is_summed_over_blocks(per, compile, monkeypat
 @pytest.mark.parametrize("name", ["lr", "beta1"])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("base", [Adam, SGD])
-def test_the_hypergradient_runs_through_z_x_and_y(base, decay, name):
-    # horizon inf with lr moved once, at the start, for all steps: q is the derivative of the whole run with gradients held.
-    # Raw values are log lr and the logit of beta1.
+def test_the_hypergradient_runs_through_the_average(base, decay, name):
+    # horizon inf with lr moved once, at the start, for all steps: q is the derivative of the whole run with gradients held, of the average
+    # and of the place of y between it and z, whose distance from it is held. Raw values are log lr and the logit of beta1.
     rule = ScheduleFree(base)(lr=0.01, beta1=0.8, weight_decay=decay)
     tower = Hyper(rule, learn=("lr", "beta1"), horizon=math.inf, trust=None).stack(SGD, lr=1e-30)
     model = net()
     optimizer = tower.bind(model.parameters())
     held = []
     for at in range(6):
+        if at == 5:
+            away = {i: optimizer.state[p]["z"] - optimizer.state[p]["average"] for i, p in enumerate(model.parameters())}
         backward(model, at)
         held.append([p.grad.clone() for p in model.parameters()])
         optimizer.step()
@@ -220,7 +222,8 @@ def test_the_hypergradient_runs_through_z_x_and_y(base, decay, name):
             for p, g in zip(twin.parameters(), grads, strict=True):
                 p.grad = g.clone()
             run.step()
-        return sum(float((p.detach() * g).sum()) for p, g in zip(twin.parameters(), held[-1], strict=True))
+        weights = [run.state[p]["average"] + (1 - values.get("beta1", 0.8)) * away[i] for i, p in enumerate(twin.parameters())]
+        return sum(float((w * g).sum()) for w, g in zip(weights, held[-1], strict=True))
 
     eps = 1e-4
     assert q == pytest.approx((inner(eps) - inner(-eps)) / (2 * eps), rel=1e-6)

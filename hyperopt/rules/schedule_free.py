@@ -23,7 +23,13 @@ def ScheduleFree(base: Any) -> type[Rule]:
     The hyperparameters are those of `base`, but for the first moment, whose place `beta1` takes (default 0.9); none of
     beta1 and weight_decay is learned unless named, as training gradients alone push them to their limits. Evaluate under
     `with optimizer.averaged():`. Where lr changes, x's weight is lr² here and the largest lr² so far in the authors' package.
-    Where lr is learned, trust grows over the first 20 steps.
+    Where lr is learned, trust grows over the first 20 steps, and the gradient at y is taken for the one at x, where the model is evaluated:
+
+        q = <g, ∂x/∂lr>                          not <g, ∂y/∂lr>, which holds against lr what the average makes good
+
+    So it is for all that is learned at horizons above 1; beta1, which x hardly depends on, has <g, (x − z)·∂beta1> besides. What
+    `optimizer.hyper_backward` is given goes through the weights that its loss was made from. Above level 0, where y is what the level
+    below uses, q goes through y.
 
     Args:
         base: a rule with a first moment, such as Adam or SGD; its class.
