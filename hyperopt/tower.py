@@ -16,7 +16,6 @@ from .rules.black_box import BlackBox
 if TYPE_CHECKING:
     from .optimizer import HyperOptimizer
 
-HORIZON = 1000.0
 # Above level 0: change of a raw hyperparameter in a step. Where level 1 learns its lr too, 0.1 does better: on MNIST validation data
 # Adam / Adam / Adam ends at 2.9 % with it and at 4.3 % with 0.5, which lets the lr of level 0 jump about; at height 1 they are equal.
 TRUST_ABOVE = 0.5
@@ -32,7 +31,7 @@ class Hyper:
         learn: which of this level's hyperparameters the level above learns: names, or "all" for every one whose value lies
             strictly inside its domain. Default: lr alone.
         horizon: for how many past steps a hyperparameter of this level is held responsible, in steps, 1 to math.inf. 1 is
-            the paper. Default 1000.
+            the paper. Default 1000, of ScheduleFree 500.
         trust: the largest move of this level's x in one step while its lr is learned: at level 0 relative to the size of the
             weights (default 0.03; ScheduleFree 0.1, and it grows to its value, given or not, over the first 20 steps), above it the
             change of a raw hyperparameter (default 0.5); None for no limit.
@@ -60,7 +59,7 @@ class Hyper:
         rule: Any,
         *,
         learn: Iterable[str] | str | None = None,
-        horizon: float = HORIZON,
+        horizon: float | None = None,
         trust: float | str | None = "default",
         domains: Mapping[str, Domain] | None = None,
         per: str = "group",
@@ -75,12 +74,13 @@ class Hyper:
                 given = ", ".join(hyperparameters)
                 raise ValueError(f"{given} was given for a live optimizer, which brings its own values: assign to its param_groups instead")
             rule, maximize = adopt.rule_of(source), maximize or bool(source.param_groups[0].get("maximize"))
+        made = as_rule(rule, hyperparameters)
         self._set(
             source=source,
-            rule=as_rule(rule, hyperparameters),
+            rule=made,
             given=frozenset(hyperparameters),
             learn=names_of(learn),
-            horizon=plain(horizon),
+            horizon=plain(made.horizon if horizon is None else horizon),
             trust=plain(trust),
             domains=domains_of(domains),
             per=per,
