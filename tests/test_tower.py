@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, Rule, UnitInterval, arguments, hyper, tower
+from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, Rule, ScheduleFree, UnitInterval, arguments, hyper, tower
 
 # ---- structure
 
@@ -101,6 +101,10 @@ def test_default_trust_and_horizon():
     (above,) = chain.above.values()
     assert (chain.horizon, chain.trust_at(0), above.trust_at(1)) == (1000, 0.03, tower.TRUST_ABOVE)
     assert Hyper(Adam, trust=None).trust_at(0) is None
+    averaging = Hyper(ScheduleFree(Adam))
+    assert (averaging.horizon, averaging.trust_at(0), averaging.trust_at(1)) == (500, 0.1, tower.TRUST_ABOVE)
+    assert str(Hyper(ScheduleFree(Adam), horizon=1000)) == "ScheduleFree(Adam)(horizon=1000)"
+    assert str(Hyper(ScheduleFree(Adam), horizon=500)) == "ScheduleFree(Adam)"
 
 
 def test_a_tower_is_immutable_and_reusable():
