@@ -1,7 +1,8 @@
 """How a node knows what its next gradient says about its hyperparameters: Z = ∂x/∂r, made in four ways.
 
 Each strategy is an object with the same methods. `pull` returns q = Zᵀg, `ends` says how far a step would go, and `advance`
-takes it and makes Z' for the next. They agree with one another to rounding wherever more than one applies.
+takes it and makes Z' for the next. They agree with one another to rounding wherever more than one applies. Of a rule that averages
+inside, such as ScheduleFree, q goes through the average: see `share`.
 
     Tangents        every rule, every hyperparameter, every horizon: forward derivatives carried from step to step
     Displacement    lr alone, for a rule whose displacement is linear in it: no differentiation at all

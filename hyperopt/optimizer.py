@@ -154,10 +154,10 @@ class HyperOptimizer(Optimizer):
     def hyper_backward(self, loss: Tensor) -> None:
         """Let the next step learn its hyperparameters from this loss, on held-out data say, and not from the training loss.
 
-        Its gradient is pulled through the tangents of the weights as they are, under `averaged()` (where `ScheduleFree` wants it)
-        through those of the averaged weights, which is what makes the decay of an average learnable. Parameters and their .grad are
-        left alone. Called several times before a step, the hypergradients add up. With bind(…, hyper_every=…) larger than the run,
-        nothing is ever learned from the training loss. Before the first step there are no tangents, and nothing is learned.
+        Its gradient is pulled through the tangents of the weights as they are, under `averaged()` (where `ScheduleFree` is to be
+        evaluated) through those of the averaged weights, which is what makes the decay of an average learnable. Parameters and their
+        .grad are left alone. Called several times before a step, the hypergradients add up. With bind(…, hyper_every=…) larger than
+        the run, nothing is ever learned from the training loss. Before the first step there are no tangents, and nothing is learned.
 
         Args:
             loss: 0-d, made from the model as it is now.

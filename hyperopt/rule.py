@@ -104,7 +104,8 @@ class Rule(ABC):
     moves: ClassVar[str] = "x"  # what lr moves: x, or the state of this name
     average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
     # x as a function of the state that the same step left, where it is one. `update` does not read x then, and at level 0 and horizons
-    # above 1 tangents of x are not kept, and hypergradients go through the average.
+    # above 1 tangents of x are not kept; the hypergradient of a step is then that of `weights` with the tangent of `average`, where there
+    # is one, in place of that of `moves`.
     weights: ClassVar[Callable[[State], Tensor] | None] = None
 
     @abstractmethod

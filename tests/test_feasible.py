@@ -287,7 +287,7 @@ def test_the_graph_is_the_same_at_horizon_1(case, inside):
 def test_hypergradients_of_averaging_rules(inside, kind, base):
     # horizon inf with lr moved once, at the start, for all steps: the derivative of the whole run with gradients held.
     lr, held = 0.5 if base is SGD else 0.02, []
-    free = kind is ScheduleFree  # its y is made of z and the average, as its tangent is
+    free = kind is ScheduleFree  # its y is made of z and the average, and no tangent of it is kept
 
     def end(shift, learn=False):
         model = net(torch.float64)
