@@ -199,8 +199,8 @@ def share(node: "Optimizable", chunk: "Chunk", g: Tensor, of: str | None = None)
         node: whose x it is part of.
         chunk: the chunk.
         g: a gradient.
-        of: where it was taken: "x" or the name of a state. None for the gradient of a step, taken at x, where the rule evaluates at
-            its average for the one there: what lr moves then has the tangent of that average.
+        of: where it was taken: "x" or the name of a state. None for the gradient of a step: taken at x, it stands for the one at the
+            average of a rule that is evaluated there, and what lr moves then counts with the tangent of that average.
     """
     if of in (None, "x") and node.implied():
         shares = [_share(node, part, step=of is None) for part in chunk.parts(g, chunk.one, clean=True)]

@@ -98,7 +98,7 @@ class Rule(ABC):
 
     elementwise: ClassVar[bool] = True  # the update of a coordinate depends on that coordinate alone
     trust: ClassVar[float] = 0.03  # default at level 0; the flattest of .02 to .1 over initial lrs on MNIST validation data
-    horizon: ClassVar[float] = 1000.0  # default
+    horizon: ClassVar[float] = 1000.0  # default, for how many past steps hyperparameters are held responsible
     warm: ClassVar[int] = 1  # the number of steps over which trust grows to its value at level 0
     first_moment: ClassVar[tuple[str, ...]] = ()  # what makes an average of gradients; with 0 for each there is none
     moves: ClassVar[str] = "x"  # what lr moves: x, or the state of this name
