@@ -12,11 +12,15 @@ import torch
 
 
 def stamp() -> dict[str, Any]:
-    """The command, machine, torch version and commit of this process."""
+    """The command of this process, and its origin: the head of a result file."""
     name = Path(sys.argv[0]).stem
+    return {"command": " ".join(["python -m", f"experiments.{name}", *sys.argv[1:]]), **origin()}
+
+
+def origin() -> dict[str, Any]:
+    """The machine, torch version and commit of this process: kept with each run of a file that is made little by little."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": " ".join(["python -m", f"experiments.{name}", *sys.argv[1:]]),
         "machine": f"{_processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "commit": commit or "unknown",
@@ -24,10 +28,15 @@ def stamp() -> dict[str, Any]:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """One line for under a figure: command, machine and torch of the first run, and every commit that a run was made with."""
-    runs = result.get("runs", {}).values()
-    commits = dict.fromkeys(run.get("commit", result["commit"]) for run in runs) or [result["commit"]]
-    return f"{result['command']} · {result['machine']} · torch {result['torch']} · commit {', '.join(commits)}"
+    """One line for under a figure: the command of the first run, and every machine, torch version and commit that a run was made with.
+
+    Runs that do not say have those of the first.
+    """
+    # Runs of earlier commits name the commit alone.
+    runs = [{**result, **run} for run in result.get("runs", {}).values()] or [result]
+    places = dict.fromkeys(f"{run['machine']} · torch {run['torch']}" for run in runs)
+    commits = dict.fromkeys(run["commit"] for run in runs)
+    return f"{result['command']} · {'; '.join(places)} · commit {', '.join(commits)}"
 
 
 def _processor() -> str:

@@ -346,12 +346,12 @@ def main(
     for key in [key for key in result["runs"] if key.partition(" | ")[0] in (again or ())]:
         del result["runs"][key]
     out.mkdir(parents=True, exist_ok=True)
-    commit = provenance.stamp()["commit"]
+    origin = provenance.origin()
     while not figures and (missing := plan(chosen, result["runs"], full, method or (), validation)):
         try:
             tasks = {run.key: partial(train, run, chosen, device) for run in missing}
             for key, found in tqdm(study.execute(tasks, jobs), total=len(tasks), unit="run"):
-                result["runs"][key] = {**found, "device": device, "commit": commit}
+                result["runs"][key] = {**found, "device": device, **origin}
                 study.write(result, path, indent=1)
         except data.DataNotFoundError as error:
             raise typer.BadParameter(str(error), param_hint="--workload") from error

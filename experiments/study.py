@@ -317,12 +317,12 @@ class Store:
         Raises:
             typer.BadParameter: a data set is missing.
         """
-        commit = provenance.stamp()["commit"]
+        origin = provenance.origin()
         missing = {key: task for key, task in tasks.items() if key not in self.runs}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             for key, found in tqdm(execute(missing, jobs), total=len(missing), unit="run", disable=not missing):
-                self.runs[key] = {**found, "commit": commit}
+                self.runs[key] = {**found, **origin}
                 write(self.result, self.path)
         except data.DataNotFoundError as error:
             raise typer.BadParameter(str(error), param_hint="data") from error

@@ -251,9 +251,10 @@ def main(
     missing = [run for run in wanted if key(*run) not in runs]
     if missing and not figures:
         torch.set_flush_denormal(True)  # v at beta2 = 0.1 decays below 1e-38, where arithmetic is ten times slower
+        origin = provenance.origin()
         images = {name: data.load(name, validation=validation) for name in DATASETS}
         for dataset, tower, seed in tqdm(missing, unit="run"):
-            runs[key(dataset, tower, seed)] = train(tower, images[dataset], seed, epochs) | {"commit": new["commit"]}
+            runs[key(dataset, tower, seed)] = train(tower, images[dataset], seed, epochs) | origin
             path.write_text(json.dumps(result) + "\n")
     result |= {"seeds": seeds, "table": table(runs, seeds)}
     path.write_text(json.dumps(result) + "\n")

@@ -193,6 +193,15 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path):
         study.Store(path, steps=4)
 
 
+def test_a_caption_names_every_machine_torch_and_commit(monkeypatch, tmp_path):
+    store = study.Store(tmp_path / "x.json")
+    store.result |= {"command": "first", "machine": "slow", "torch": "2.11", "commit": "aaa"}
+    store.runs["of before machines were kept"] = {"metric": 1.0, "commit": "bbb"}
+    monkeypatch.setattr(study.provenance, "origin", lambda: {"machine": "fast", "torch": "2.14", "commit": "ccc"})
+    store.complete({"new": partial(ok, 2.0), "newer": partial(ok, 3.0)})
+    assert study.Store(store.path).caption() == "first · slow · torch 2.11; fast · torch 2.14 · commit bbb, ccc"
+
+
 def test_processes_have_one_thread_and_read_data_once(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     found = dict(study.execute({"threads": torch.get_num_threads, "other": partial(ok, 1.0)}, jobs=2))  # pyright: ignore[reportArgumentType]
