@@ -6,7 +6,8 @@ Workloads are those of experiments/workloads.py; within a seed every method has 
 recommended tower starts from eleven decades with three seeds on m3 and r12, from five with two seeds on the others. Every other method
 starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12), which is chosen on held-out
 training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad starts. --full does
-everything from everywhere. Prodigy and D-Adaptation have no lr: d0, their first estimate of the distance, takes its place.
+everything from everywhere, and Muon on the CNN as well, for which a CPU is too slow. Prodigy and D-Adaptation have no lr: d0, their first
+estimate of the distance, takes its place.
 
 Writes robustness_<workload>.json (every run, at once), .md (the table) and .png to experiments/results.
 """
@@ -93,6 +94,9 @@ METHODS = TOWERS | PEERS
 STARTS = [10.0**k for k in range(-8, 3)]
 FEW = [1e-8, 1e-5, 1e-3, 1e-1, 1e2]
 GRID = [float(f"{digit}e{k}") for k in range(-8, 3) for digit in (1, 3)][:-1]
+# Elements of a matrix that Muon is too slow for on a CPU: orthogonalising the CNN's, 1024×3136, takes 76 billion operations in bfloat16 in
+# every step, and a CPU without arithmetic of that type does one or two of them in a nanosecond.
+HEAVY = 2**20
 LARGE = ("m3", "r12")  # with more starts and seeds
 # Adam's other hyperparameters at values that nobody would choose, with lr at torch's default.
 BAD = {"beta1": (0.1, 0.99, 0.999), "beta2": (0.5, 0.9, 0.99999), "eps": (1e-4, 1e-2, 1.0)}
@@ -136,12 +140,13 @@ def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
     return kept | ({"lr": found["courses"]["0.lr"][-1]} if isinstance(method.make, str) else {})
 
 
-def methods(workload: Workload) -> dict[str, Method]:
+def methods(workload: Workload, full: bool) -> dict[str, Method]:
     """Those that make sense on this workload."""
     left_out = set()
+    matrices = hidden(workload.model(0))[0]
     if workload.name != "m3":
         left_out.add("Adam / SGD")  # shown once, for what it cannot do
-    if not hasattr(torch.optim, "Muon") or not hidden(workload.model(0))[0]:
+    if not hasattr(torch.optim, "Muon") or not matrices or (not full and max(p.numel() for p in matrices) > HEAVY):
         left_out.add("Muon, cosine")
     return {name: method for name, method in METHODS.items() if name not in left_out}
 
@@ -179,7 +184,7 @@ def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple
 def plan(workload: Workload, runs: dict[str, Any], full: bool, only: Iterable[str] = (), validation: bool = False) -> list[Run]:
     """The runs that can be done now; those at the best cells follow when the grid is done."""
     planned: list[Run] = []
-    for name, method in methods(workload).items():
+    for name, method in methods(workload, full).items():
         if only and name not in only:
             continue
         starts, seeds = extent(name, workload, full)
@@ -233,7 +238,7 @@ def summary(result: dict[str, Any], workload: Workload) -> dict[str, Line]:
     """A line for each method of which there is a run."""
     runs, full, validation = result["runs"], result["full"], result["validation"]
     lines = {}
-    for name, method in methods(workload).items():
+    for name, method in methods(workload, full).items():
         starts, seeds = extent(name, workload, full)
         scores = {start: found for start in starts if (found := score(runs, name, start, seeds, validation))}
         cell = window(name, method, runs, full)[1] if method.grid else None
