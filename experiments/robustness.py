@@ -259,7 +259,8 @@ def table(result: dict[str, Any], workload: Workload) -> str:
     rows = [head, ["---"] * len(head)]
     for name, (scores, best) in summary(result, workload).items():
         means = [found.mean for found in scores.values()]
-        spread = [cell(max(means)), cell(max(means) / min(means) if math.isfinite(max(means)) else math.inf)] if means else ["", ""]
+        finished = len(means) == len(extent(name, workload, result["full"])[0])
+        spread = [cell(max(means)), cell(max(means) / min(means) if math.isfinite(max(means)) else math.inf)] if finished else ["", ""]
         tuned = f"{cell(best[1].mean)} at {best[0]:g}" if best else ""
         rows.append([name, *(cell(scores[start].mean) if start in scores else "" for start in STARTS), *spread, tuned])
     lines = [f"{workload.title}; mean of the seeds.", "", *("| " + " | ".join(row) + " |" for row in rows)]

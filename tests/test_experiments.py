@@ -309,6 +309,19 @@ def test_robustness_is_resumed_and_drawn(small, tmp_path, monkeypatch):
     assert "choose another --out" in invoke("--steps", "9").output
 
 
+def test_the_worst_start_is_named_when_all_are_there():
+    keys = [robustness.Run("Prodigy", start, 0).key for start in robustness.FEW]
+    result = {"validation": False, "full": False, "runs": {key: {"metric": 3.0 + i} for i, key in enumerate(keys)}}
+
+    def row():
+        (found,) = [line for line in robustness.table(result, WORKLOADS["c3"]).splitlines() if line.startswith("| Prodigy |")]
+        return [cell.strip() for cell in found.strip("|").split("|")][-3:]
+
+    assert row() == ["7.00", "2.33", ""]
+    del result["runs"][keys[2]]
+    assert row() == ["", "", ""]
+
+
 def test_unknown_workload_is_one_clean_line():
     outcome = CliRunner().invoke(robustness.app, ["--workload", "m4"])
     assert outcome.exit_code == 2
