@@ -284,7 +284,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
     """Towers on the left, peers beside the recommended tower on the right: the mean of the seeds, a band from best to worst."""
     lines = summary(result, workload)
     top = 1.15 * workload.guess  # what is worse, or diverged, is drawn there
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, names in (left, TOWERS), (right, {RECOMMENDED: None, **PEERS}):
         for number, name in enumerate(names):
@@ -297,7 +297,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
         study.decimal_ticks(axes.yaxis)
         axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # inside it would hide lines
     left.set(title="towers", ylabel=f"{'validation' if result['validation'] else 'test'} {workload.metric}")
     right.set(title="peers; star: the best lr of a grid")
     left.set_ylim(top=top * 1.03)
