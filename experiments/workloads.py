@@ -9,7 +9,7 @@ Within a seed, every method gets the same initial weights and the same batches, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, cast
@@ -229,3 +229,10 @@ WORKLOADS = {
         ),
     )
 }
+
+# What a GPU has time for.
+LONG = (
+    replace(WORKLOADS["r12"], name="r12_10000", title="War and Peace, char-RNN 2×128, batch 32×64, 10,000 steps", steps=10_000),
+    replace(WORKLOADS["gpt"], name="gpt_1500", title="tinyshakespeare, GPT 4×128, batch 32×128, 1,500 steps", steps=1500),
+)
+WORKLOADS |= {workload.name: workload for workload in LONG}

@@ -14,9 +14,9 @@ STEPS = 50
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
-def bound(tower, dtype=torch.float32, *, compile):
+def bound(tower, dtype=torch.float32, *, compile, device="cpu"):
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(7, 5), (7,), (3, 7)]]
+    params = [nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in [(7, 5), (7,), (3, 7)]]
     tower = Hyper.parse(tower) if isinstance(tower, str) else tower
     return params, tower.bind(params, compile=compile)
 
@@ -24,7 +24,7 @@ def bound(tower, dtype=torch.float32, *, compile):
 def step(params, optimizer, at):
     generator = torch.Generator().manual_seed(at)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
     optimizer.step()
 
 

@@ -16,8 +16,7 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 def loss_at(model: nn.Module, step: int) -> Tensor:
     """The loss of a step, on data drawn for that step."""
     generator = torch.Generator().manual_seed(step)
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(8, 4, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(8, 4, generator=generator, dtype=torch.float64).to(next(model.parameters()))
     return (model(x) - x[:, :3].sin()).square().mean()
 
 
