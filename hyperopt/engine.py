@@ -14,6 +14,8 @@ from .rule import Rule, State
 # that are fused are cheap, and half of what one core has gathered has to travel to the other.
 LARGE, LARGE_FUSED = 2**17, 2**16
 BLOCK = 2**18  # elements that are stepped at once, so that what is made on the way stays in the cache
+# The same two where a kernel has to be launched: on a GPU that takes as long as reading a million elements.
+LARGE_LAUNCHED, BLOCK_LAUNCHED = 2**20, 2**22
 
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -34,8 +36,8 @@ class Chunk:
         tensors: parameters of the model, or the raw hyperparameters of a node below; of one device and dtype.
         records: for each tensor the mapping in which its state is kept; what is there already is taken over.
         rule: initialises the state where there is none.
-        spread: for hyperparameters with a value per tensor or per coordinate, the position in that vector of each element,
-            and the length of the vector.
+        spread: for hyperparameters with a value per tensor or per coordinate, the position in that vector of each element, tensor
+            by tensor, and the length of the vector.
         limits: the interval in which x must stay, for raw hyperparameters.
     """
 
@@ -48,7 +50,6 @@ class Chunk:
         limits: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.tensors, self.records, self.limits = list(tensors), list(records), limits
-        self.positions = dict(spread or {})
         self.serial = next(_serials)
         # A chunk that is split is stepped block by block, where it may be; what is made of a lean one on the way is not kept.
         self.separable = self.split = False
@@ -56,7 +57,10 @@ class Chunk:
         self.shared: Scratch = {}
         like = self.tensors[0]
         self.numel = sum(t.numel() for t in self.tensors)
-        self.lean = self.numel >= BLOCK
+        # Gathered in their own order in memory, channels_last say: from one order to another a copy is a kernel for each tensor.
+        places = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in self.tensors]
+        self.strides = [torch.empty_like(place).stride() for place in places]
+        self.lean = self.numel >= self.block
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.flat = len(self.tensors) > 1
         self.direct = not self.flat and like.dtype == self.dtype
@@ -64,6 +68,7 @@ class Chunk:
             self._x, self._g = self._empty(), self._empty()
             self._x_views, self._g_views = self._views(self._x), self._views(self._g)
         self.gather()
+        self.positions = {name: (self._in_order(positions), size) for name, (positions, size) in (spread or {}).items()}
         # One number for all tensors of the chunk, as they have taken every step together.
         self.numbers = {"t"}
         self.t = self._load("t") if "t" in self.records[0] else torch.zeros((), dtype=self.dtype, device=like.device)
@@ -81,6 +86,11 @@ class Chunk:
         for name, tangent in self.tangents.items():
             for of, buffer in tangent.items():
                 self._keep(_key(name, of), buffer)
+
+    @property
+    def block(self) -> int:
+        """Elements that are stepped at once."""
+        return BLOCK if self.tensors[0].device.type == "cpu" else BLOCK_LAUNCHED
 
     def gather(self) -> None:
         """Copy the tensors into the chunk's own buffer, where it has one."""
@@ -116,7 +126,7 @@ class Chunk:
         cuts = self._cuts(x, g)
         if cuts is None:
             return [Part(self, x, g, self.state, self.tangents, t, ok, skip, clean=clean)]
-        xs, gs = x.view(-1).split(BLOCK), g.view(-1).split(BLOCK)
+        xs, gs = x.view(-1).split(self.block), g.view(-1).split(self.block)
         # A number is read by every block before the first of them writes it.
         numbers = {key: value.clone() for key, value in self.state.items() if self._is_number(key)}
         return [
@@ -137,8 +147,11 @@ class Chunk:
 
     def side_by_side(self, tensors: Sequence[Tensor]) -> Tensor:
         """A tensor for each of this chunk's, in the shape and dtype in which the chunk is stepped."""
-        whole = torch.cat([t.reshape(-1) for t in tensors]) if self.flat else tensors[0]
-        return whole.to(self.dtype)
+        if not self.flat:
+            return tensors[0].to(self.dtype)
+        whole = self._empty()
+        _copy(self._views(whole), list(tensors))
+        return whole
 
     def spread(self, name: str, value: Tensor, cut: slice | None = None) -> Tensor:
         """A hyperparameter for every coordinate of this chunk, or of a part of it, on its device and in its dtype."""
@@ -197,7 +210,7 @@ class Chunk:
     def scratch(self, like: Tensor, cut: slice | None, *, lasting: bool) -> Tensor:
         """A buffer shaped like the chunk or a block of it; one that need not last is shared by all chunks of a group."""
         kept = self.lasting if lasting else self.shared
-        size = self.numel if lasting or cut is None else BLOCK
+        size = self.numel if lasting or cut is None else self.block
         key = self.dtype, like.device
         if key not in kept or kept[key].numel() < size:
             kept[key] = torch.empty(size, dtype=self.dtype, device=like.device)
@@ -206,9 +219,9 @@ class Chunk:
 
     def _cuts(self, x: Tensor, g: Tensor) -> list[slice] | None:
         # A little more than one block is not worth a second round of kernels.
-        if not self.split or self.numel < 2 * BLOCK or not x.is_contiguous() or not g.is_contiguous():
+        if not self.split or self.numel < 2 * self.block or not x.is_contiguous() or not g.is_contiguous():
             return None
-        return [slice(start, start + BLOCK) for start in range(0, self.numel, BLOCK)]
+        return [slice(start, start + self.block) for start in range(0, self.numel, self.block)]
 
     def _cut(self, of: str, z: Tensor, cut: slice) -> Tensor:
         return z.clone() if of in self.numbers else z.view(-1)[cut]
@@ -216,7 +229,18 @@ class Chunk:
     def _views(self, buffer: Tensor) -> list[Tensor]:
         if not self.flat:
             return [buffer]
-        return [part.view(t.shape) for part, t in zip(buffer.split([t.numel() for t in self.tensors]), self.tensors, strict=True)]
+        parts = buffer.split([t.numel() for t in self.tensors])
+        return [part.as_strided(t.shape, stride) for part, t, stride in zip(parts, self.tensors, self.strides, strict=True)]
+
+    def _in_order(self, positions: Tensor) -> Tensor:
+        """What is given for each element, tensor by tensor, in the order in which the chunk has them."""
+        if not self.flat:
+            return positions.view(self.tensors[0].shape)
+        ordered = torch.empty_like(positions)
+        views = self._views(ordered)
+        for view, part in zip(views, positions.split([view.numel() for view in views]), strict=True):
+            view.copy_(part.view(view.shape))
+        return ordered
 
     def _load(self, key: str) -> Tensor:
         if self._is_number(key):

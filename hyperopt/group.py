@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import compiled, hypergradients, native, step, text, tree
 from .domains import complement
-from .engine import LARGE, LARGE_FUSED, Chunk, Record, Scratch
+from .engine import LARGE, LARGE_FUSED, LARGE_LAUNCHED, Chunk, Record, Scratch
 from .hypergradients import Graph
 from .rule import check
 from .tower import Hyper
@@ -127,8 +127,7 @@ class Group:
             total = len(self.params)
         else:
             parts = [torch.arange(starts[p], starts[p] + p.numel(), device=p.device) for p in params]
-        positions = torch.cat(parts) if len(parts) > 1 else parts[0].view(params[0].shape)
-        return dict.fromkeys(self.spec.learning, (positions, total))
+        return dict.fromkeys(self.spec.learning, (torch.cat(parts), total))
 
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
@@ -277,7 +276,8 @@ class Group:
         for p in params:
             record = self.state[p]
             key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
-            if p.numel() >= (LARGE_FUSED if few else LARGE) or not self.rule.elementwise:
+            large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
+            if p.numel() >= large or not self.rule.elementwise:
                 key = (*key, p)
             part = parts.setdefault(key, [])
             if part and sum(q.numel() for q in part) + p.numel() > step.CAPACITY:

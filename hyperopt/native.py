@@ -63,6 +63,7 @@ class Passes:
     def __init__(self, functions: ctypes.CDLL, made: Native, node: "Optimizable", chunks: Sequence["Chunk"]) -> None:
         self.functions, self.tensors = functions, [t for chunk in chunks for t in chunk.tensors]
         self.sizes = [t.numel() for t in self.tensors]
+        self.strides = [stride for chunk in chunks for stride in chunk.strides]
         count = len(self.tensors)
         self.read = [node.complements[name] for name in made.complements] + [node.live[name] for name in made.values]
         self.kept = [[*(chunk.state[key] for key in made.state), chunk.tangents["lr"]["x"], chunk.t] for chunk in chunks]
@@ -90,9 +91,9 @@ class Passes:
 
     def look(self, grads: Sequence[Tensor]) -> bool:
         """Put Σg, Σg·Z, and where trust needs them Σx² and Σd² at lr = 1 into `sums`; False where memory does not lie as it must."""
-        for t, g, size in zip(self.tensors, grads, self.sizes, strict=True):
+        for t, g, size, stride in zip(self.tensors, grads, self.sizes, self.strides, strict=True):
             same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
-            if not (same and t.is_contiguous() and g.is_contiguous() and type(g) is Tensor and not g.is_neg()):
+            if not (same and _lies(t, stride) and _lies(g, stride) and type(g) is Tensor and not g.is_neg()):
                 return False
         xs, gs = [t.data_ptr() for t in self.tensors], [g.data_ptr() for g in grads]
         if not (self.plain and all(xs) and all(gs)) or len(set(xs)) < len(xs):
@@ -109,3 +110,11 @@ class Passes:
 
     def _places(self) -> list[int]:
         return [buffer.data_ptr() for buffers in (self.read, *self.kept) for buffer in buffers]
+
+
+def _lies(tensor: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether the elements of a tensor follow each other as the chunk has them. A stride along a single element says nothing."""
+    mine = tensor.stride()
+    return mine == stride or (
+        len(mine) == len(stride) and all(a == b or n == 1 for a, b, n in zip(mine, stride, tensor.shape, strict=True))
+    )

@@ -300,7 +300,9 @@ class Optimizable:
     def _settle(self, written: Mapping[str, Tensor]) -> Raw:
         """Raw hyperparameters, with what a user assigned since the last step in place of what the level above chose."""
         self._assigned = {}
-        raw = dict(self.raw)
+        # A stage is compiled once for towers in which trust makes new raw values and for those in which it does not: torch 2.11 finds what
+        # it compiled for arguments that share memory (these with the x above) again for arguments that do not, and fails there.
+        raw = {name: r.clone() for name, r in self.raw.items()} if torch.compiler.is_compiling() else dict(self.raw)
         for name in written.keys() & raw.keys():
             domain, value, r = self.domains[name], self.live[name].clone(), raw[name]
             low, high = domain.bounds()

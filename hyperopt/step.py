@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import guards
 from .compiled import Compiled
-from .engine import BLOCK, Chunk
+from .engine import Chunk
 from .hypergradients import Raw, combine, look
 from .native import Passes
 from .optimizable import Optimizable, call
@@ -68,7 +68,7 @@ class Step:
         fused = self._steady.get(kind) == self._tangents()
         for chunk in chunks:
             chunk.split = chunk.separable and not fused
-            chunk.lean = chunk.numel >= BLOCK if not fused else not whole
+            chunk.lean = chunk.numel >= chunk.block if not fused else not whole
         self.root.run = partial(self.compiled.stage, kind) if self.compiled is not None and fused and not whole else call
         self._run(kind, self._advance, gs, ok, watched, learn, q, directions, whole=whole)
 

@@ -37,7 +37,7 @@ class Hyper:
             change of a raw hyperparameter (default 0.5); None for no limit.
         domains: for hyperparameters of this level, the space in which they are learned if not the rule's own.
         per: one learned value per "group" of parameters, per "tensor" or per "coordinate".
-        strategy: "tangents", or "graph" for the paper's autograd graph, a slow reference at horizon 1.
+        strategy: "tangents", or "graph" for the paper's autograd graph, a slow reference at horizon 1 that waits for the device.
         project: a set such as Box(0, 1) or Ball(10) in which the weights of each group stay: after every step they are moved to
             its nearest point, in the rule's metric; level 0 only. A group may have a "project" of its own.
         maximize: ascend instead of descend; level 0 only.

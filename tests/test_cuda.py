@@ -30,6 +30,7 @@ TOWERS = {
     "coordinate": Hyper(SGD, lr=0.01, per="coordinate").stack(SGD),
     "graph": Hyper(Adam, lr=1e-3, horizon=1, strategy="graph").stack(SGD),
 }
+SAVED = {name: tower for name, tower in TOWERS.items() if name != "graph"}  # a graph cannot be saved, and waits for the device
 chosen = pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
 
 
@@ -87,7 +88,8 @@ def test_every_kind_of_tower_is_that_of_the_cpu(tower):
 def test_the_compiled_step_is_the_eager_one(text):
     eager, fused = (bound(text, compile=c, device=GPU) for c in (False, True))
     train_both(STEPS, eager, fused)
-    assert_equal(eager, fused, torch.float32)
+    # torch's fused Adam, which eager steps use, rounds beta2 to float32 on a GPU before it takes 1 - beta2: 1.3e-5 of v.
+    assert_equal(eager, fused, torch.float32, 2e-5)
 
 
 def test_half_the_model_on_each_device():
@@ -107,7 +109,7 @@ def test_half_the_model_on_each_device():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@chosen
+@pytest.mark.parametrize("tower", SAVED.values(), ids=SAVED)
 def test_a_step_does_not_wait_for_the_device(tower, compile):
     model = net().to(GPU)
     optimizer = tower.bind(model.parameters(), compile=compile)
@@ -176,7 +178,7 @@ def test_float16_with_a_scaler():
 
 
 @pytest.mark.parametrize(("first", "second"), [(GPU, "cpu"), ("cpu", GPU)])
-@pytest.mark.parametrize("tower", [t for name, t in TOWERS.items() if name != "graph"], ids=str)
+@pytest.mark.parametrize("tower", SAVED.values(), ids=SAVED)
 def test_a_checkpoint_goes_on_on_the_other_device(tower, first, second):
     model, optimizer = on(first, tower)
     train(model, optimizer, range(5))

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from hyperopt import SGD, Adam, Hyper, ScheduleFree
+from hyperopt.compiled import Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 __all__ = ["fresh_compiler"]
@@ -123,6 +124,26 @@ def test_stage_by_stage(text, monkeypatch):
     assert len(fused[1]._groups()[0].chunks) == 3
     # A look, a measure and a write for each of three shapes, and learning, projecting and publishing.
     assert 0 < counters["stats"]["unique_graphs"] <= 12
+
+
+@pytest.mark.parametrize("text", ["Adam(trust=None) / Adam", "Adam / Adam"])
+@pytest.mark.usefixtures("generic")
+def test_what_a_compiled_stage_is_given_does_not_share_memory_with_what_it_changes(text, monkeypatch):
+    """torch 2.11 finds what it has compiled for arguments that do again for arguments that do not."""
+    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
+    params, optimizer = bound(text, compile=True)
+    node, stage, seen = optimizer._groups()[0].root, Compiled.stage, []
+
+    def watched(self, also, function, *args):
+        if function.__name__ == "publish":
+            seen.append(args[0]["lr"].untyped_storage().data_ptr() == node.raw["lr"].untyped_storage().data_ptr())
+        return stage(self, also, function, *args)
+
+    monkeypatch.setattr(Compiled, "stage", watched)
+    train(8, (params, optimizer))
+    assert seen
+    assert not any(seen)
 
 
 @pytest.mark.usefixtures("generic")

@@ -103,6 +103,35 @@ def test_tangents_that_lie_otherwise_are_left_to_torch():
     assert_equal(*runs, torch.float32)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_channels_last_tensors_side_by_side_are_stepped_in_their_own_order(compile):
+    def made(memory_format, compile):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)).to(memory_format=memory_format)
+        return model, Hyper.parse(TOWERS[0]).bind(model.parameters(), compile=compile)
+
+    def go(steps, *runs):
+        for x in torch.randn(steps, 2, 3, 6, 6):
+            for model, optimizer in runs:
+                model.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+
+    run, reference = made(torch.channels_last, compile), made(torch.contiguous_format, False)
+    go(6, run, reference)
+    model, optimizer = run
+    assert by_hand(optimizer) == [compile]
+    assert optimizer.state[model[0].weight]["m"].is_contiguous(memory_format=torch.channels_last)
+    kept = copy.deepcopy(model[0].weight)
+    for p in model.parameters():  # now state and weights do not lie alike any more
+        p.data = p.data.contiguous()
+    assert kept.equal(model[0].weight)
+    go(6, run, reference)
+    assert by_hand(optimizer) == [False]
+    for p, q in zip(model.parameters(), reference[0].parameters(), strict=True):
+        assert (p - q).norm() <= 1e-5 * q.norm()
+
+
 def test_a_gradient_without_memory_is_left_to_torch():
     fused = bound(TOWERS[0], compile=True)
     train(4, fused)

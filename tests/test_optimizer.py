@@ -1175,7 +1175,8 @@ def test_an_lstm_trains():
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_channels_last_convolutions_keep_their_format_and_equal_contiguous_ones(large, monkeypatch):
+@pytest.mark.parametrize("tower", [ALL, PER_TENSOR, PER_COORDINATE, None], ids=str)
+def test_channels_last_convolutions_keep_their_format_and_equal_contiguous_ones(tower, large, monkeypatch):
     if large:  # these tensors are then stepped as they are, not gathered
         monkeypatch.setattr("hyperopt.group.LARGE", 10)
     results = []
@@ -1183,11 +1184,15 @@ def test_channels_last_convolutions_keep_their_format_and_equal_contiguous_ones(
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).double().to(memory_format=memory_format)
         x = torch.randn(2, 3, 6, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
-        optimizer = ALL.bind(model.parameters())
-        for _ in range(4):
+        # None: an optimizer without a rule here is driven.
+        driven = Hyper(torch.optim.Rprop(model.parameters(), lr=1e-3)).stack(Adam) if tower is None else None
+        optimizer = driven.bind() if driven else tower.bind(model.parameters())
+        for step in range(4):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
+            if step == 1:
+                optimizer.hyper_backward(model(x + 1).square().mean())
         assert all(p.is_contiguous(memory_format=memory_format) for p in model.parameters() if p.dim() == 4)
         results.append((weights(model), optimizer.hyperparameters()))
     for p, q in zip(results[0][0], results[1][0], strict=True):
