@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Adam as TorchAdam
 from tqdm import tqdm
 
-from experiments import provenance
+from experiments import provenance, study
 from experiments.workloads import WORKLOADS
 from hyperopt import Hyper
 
@@ -356,31 +357,33 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Ratios of training steps and optimizer steps, and the training step against height."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(3, 4, 2))
+    """Ratios of training steps and optimizer steps, and the training step against height: a panel for each that was measured."""
+    widths = {"trainings": 3, "steps": 4, "heights": 2}
+    parts = [part for part in widths if part in result] or list(widths)
+    figure = Figure(figsize=(1.5 * sum(widths[part] for part in parts), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(parts), width_ratios=[widths[part] for part in parts], squeeze=False)[0]
     shown = ["torch Adam, foreach", "schedulefree", "prodigyopt", "gdtuo", "eager", "compiled"]
-    for axis, part, title in ((axes[0], "trainings", "training step"), (axes[1], "steps", "optimizer step alone")):
-        columns = result.get(part, {})
+    for axes, part in zip(panels, parts, strict=True):
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_ylabel("time / torch.optim.Adam(fused=True)")
+        if part == "heights":
+            for how, end in (("eager", ""), ("compiled", ", compiled")):
+                axes.plot(HEIGHTS, [result[part][f"height {h}{end}"]["ratio"] for h in HEIGHTS], "o-", label=how)
+            axes.set(title="training step of the MLP", xlabel="height of the tower")
+            axes.legend(fontsize=7)
+            continue
+        columns = result[part]
         for i, name in enumerate(shown):
             at = [j + (i - len(shown) / 2 + 0.5) * 0.13 for j in range(len(columns))]
-            rows = [rows.get(name, {}) for rows in columns.values()]
-            axis.bar(at, [row.get("ratio", float("nan")) for row in rows], 0.13, label=name)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(columns)), [title.replace(", ", "\n").replace(" in ", "\nin ") for title in columns], fontsize=7)
-        axis.set_ylabel("time / torch.optim.Adam(fused=True)")
-        axis.set_title(title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shown), fontsize=7)
-    for how, end in (("eager", ""), ("compiled", ", compiled")):
-        rows = [result.get("heights", {}).get(f"height {h}{end}") for h in HEIGHTS]
-        axes[2].plot([h for h, row in zip(HEIGHTS, rows, strict=True) if row], [row["ratio"] for row in rows if row], "o-", label=how)
-    axes[2].axhline(1, color="black", linewidth=0.8)
-    axes[2].set_xlabel("height of the tower")
-    axes[2].set_ylabel("time / torch.optim.Adam(fused=True)")
-    axes[2].set_title("training step of the MLP")
-    axes[2].legend(fontsize=7)
-    figure.supxlabel(provenance.caption(result), fontsize=6)
+            axes.bar(at, [rows.get(name, {}).get("ratio", math.nan) for rows in columns.values()], 0.13, label=name)
+        axes.set(title="training step" if part == "trainings" else "optimizer step alone", yscale="log")
+        study.decimal_ticks(axes.yaxis)
+        axes.set_xticks(range(len(columns)), [title.replace(", ", "\n").replace(" in ", "\nin ") for title in columns], fontsize=7)
+    bars = [axes for axes, part in zip(panels, parts, strict=True) if part != "heights"]
+    if bars:
+        columns = len(shown) if len(parts) > 1 else 3
+        figure.legend(*bars[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=7)
+    figure.supxlabel(provenance.caption(result, len(parts) * 100), fontsize=6)
     figure.savefig(path, dpi=110)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ def origin() -> dict[str, Any]:
     }
 
 
-def caption(result: dict[str, Any]) -> str:
-    """One line for under a figure: the command of the first run, and every machine, torch version and commit that a run was made with.
+def caption(result: dict[str, Any], width: int | None = None) -> str:
+    """What stands under a figure: the command of the first run, and every machine, torch version and commit that a run was made with.
 
-    Runs that do not say have those of the first.
+    Runs that do not say have those of the first. One line, or lines of at most `width` characters.
     """
     # Runs of earlier commits name the commit alone.
     runs = [{**result, **run} for run in result.get("runs", {}).values()] or [result]
     places = dict.fromkeys(f"{run['machine']} · torch {run['torch']}" for run in runs)
     commits = dict.fromkeys(run["commit"] for run in runs)
-    return f"{result['command']} · {'; '.join(places)} · commit {', '.join(commits)}"
+    text = f"{result['command']} · {'; '.join(places)} · commit {', '.join(commits)}"
+    return text if width is None else textwrap.fill(text, width)
 
 
 def _processor() -> str:

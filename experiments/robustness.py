@@ -302,7 +302,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
     right.set(title="peers; star: the best lr of a grid")
     left.set_ylim(top=top * 1.03)
     figure.suptitle(f"{workload.title}; dotted: blind guessing, at the top: as bad or diverged")
-    figure.supxlabel(provenance.caption(result), fontsize=7)
+    figure.supxlabel(provenance.caption(result, 200), fontsize=7)
     figure.savefig(path, dpi=110)
 
 

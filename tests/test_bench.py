@@ -1,6 +1,8 @@
 """The benchmark measures what it says, and its table belongs to its numbers."""
 
+import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -44,10 +46,36 @@ def test_memory_is_that_of_the_state():
     assert bench.peak("eager", "cpu") == pytest.approx(4, abs=0.1)
 
 
-def test_the_table_is_that_of_the_numbers(tmp_path):
-    result = json.loads((RESULTS / "bench.json").read_text())
-    assert set(bench.PARTS) <= result.keys()
-    assert bench.table(result) + "\n" == (RESULTS / "bench.md").read_text()
+@pytest.mark.parametrize(("name", "parts"), [("bench", set(bench.PARTS)), ("bench_cuda", {"trainings"})])
+def test_the_table_is_that_of_the_numbers(name, parts, tmp_path):
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert parts <= result.keys()
+    assert bench.table(result) + "\n" == (RESULTS / f"{name}.md").read_text()
     bench.draw(result, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    assert torch.isfinite(torch.tensor([row["ratio"] for row in result["heights"].values()])).all()
+    assert all(math.isfinite(row["ratio"]) for row in result.get("heights", {}).values())
+
+
+SHOWN = {
+    "`torch.optim.Adam(foreach=True)`": "torch Adam, foreach",
+    "`schedulefree`": "schedulefree",
+    "`prodigyopt`": "prodigyopt",
+    "the paper's own package (four learned)": "gdtuo",
+    "`Adam / Adam`": "eager",
+    "`Adam / Adam`, `bind(…, compile=True)`": "compiled",
+    "`ScheduleFree(Adam) / Adam`": "eager, Schedule-Free",
+    "`ScheduleFree(Adam) / Adam`, `bind(…, compile=True)`": "compiled, Schedule-Free",
+}
+
+
+def test_the_readme_has_these_numbers():
+    lines = (RESULTS.parents[1] / "README.md").read_text().split("## What it costs")[1].splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("| | MLP, batch 256 |")]
+    for head, name in zip(heads, ("bench", "bench_cuda"), strict=True):
+        trainings = json.loads((RESULTS / f"{name}.json").read_text())["trainings"]
+        assert lines[head] == f"| | {' | '.join(trainings)} |"
+        rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
+        assert len(rows) >= 7
+        for row in rows:
+            label, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert cells == [f"{column[SHOWN[label]]['ratio']:.2f}" for column in trainings.values()], label

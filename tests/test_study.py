@@ -199,7 +199,12 @@ def test_a_caption_names_every_machine_torch_and_commit(monkeypatch, tmp_path):
     store.runs["of before machines were kept"] = {"metric": 1.0, "commit": "bbb"}
     monkeypatch.setattr(study.provenance, "origin", lambda: {"machine": "fast", "torch": "2.14", "commit": "ccc"})
     store.complete({"new": partial(ok, 2.0), "newer": partial(ok, 3.0)})
-    assert study.Store(store.path).caption() == "first · slow · torch 2.11; fast · torch 2.14 · commit bbb, ccc"
+    caption = "first · slow · torch 2.11; fast · torch 2.14 · commit bbb, ccc"
+    assert study.Store(store.path).caption() == caption
+    lines = study.provenance.caption(store.result, 30).splitlines()  # under a figure that is no wider
+    assert " ".join(lines) == caption
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 30
 
 
 def test_processes_have_one_thread_and_read_data_once(monkeypatch):
