@@ -1,8 +1,11 @@
 """The scripts of experiments/, end to end on scikit-learn's digits."""
 
 import json
+import math
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +329,31 @@ def test_unknown_workload_is_one_clean_line():
     outcome = CliRunner().invoke(robustness.app, ["--workload", "m4"])
     assert outcome.exit_code == 2
     assert "'m4' is none of m3, r12, c3, cnn, gpt" in outcome.output
+
+
+ROWS = {
+    "MNIST, error %": "m3",
+    "char-RNN, perplexity": "r12",
+    "simple CNN, error %": "cnn",
+    "ResNet-20, error %": "c3",
+    "GPT, loss": "gpt",
+    "GPT, 1,500 steps, loss": "gpt_1500",
+}
+
+
+@pytest.mark.parametrize(("label", "name"), ROWS.items(), ids=ROWS.values())
+def test_the_readme_of_the_experiments_has_the_results(label, name):
+    folder = Path(robustness.__file__).parent
+    lines = robustness.summary(json.loads((folder / "results" / f"robustness_{name}.json").read_text()), WORKLOADS[name])
+    text = (folder / "README.md").read_text()
+    head, (row,) = next(re.finditer(r"^\| workload \|.*$", text, re.M)), re.findall(rf"^\| {re.escape(label)} \|.*$", text, re.M)
+    methods, cells = ([cell.strip(" `") for cell in line.strip("|").split("|")][1:] for line in (head[0], row))
+    assert methods[0] == robustness.RECOMMENDED
+    means = [score.mean for score in lines[methods[0]].scores.values()]
+    assert cells[0] == f"{min(means):.2f} to {max(means):.2f}"
+    for method, cell in zip(methods[1:], cells[1:], strict=True):
+        best, at, worst = re.fullmatch(r"([\d.]+) \(([\d.e-]+)\); (\S+)", cell).groups()
+        scores, (cell_lr, score) = lines[method]
+        found = max(score.mean for score in scores.values())
+        assert (float(at), best) == (cell_lr, f"{score.mean:.2f}")
+        assert abs(float(worst) - found) <= 0.5 if math.isfinite(found) else worst == "diverged"
