@@ -334,6 +334,7 @@ def test_a_start_that_is_far_too_high_trains():
     assert float(loss_at(model, 0).detach()) < 0.3 * before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler of torch 2.11
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_trust_of_schedule_free_grows_over_the_first_steps(compile):
     w = nn.Parameter(torch.ones(4))
@@ -441,6 +442,7 @@ def test_a_hypergradient_of_zero_does_not_end_a_climb():
     assert ((optimizer.param_groups[0]["lr"] / before).log() > 0.3).all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler of torch 2.11
 @pytest.mark.parametrize("rule", [Adam, ScheduleFree(Adam)])
 def test_a_compiled_climb_is_the_same(rule):
     rates = []
