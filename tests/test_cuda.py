@@ -132,6 +132,8 @@ def test_a_step_with_a_scheduler_does_not_wait_for_the_device():
         with no_host_sync() if step > 3 else nullcontext():
             optimizer.step()
         schedule.step()
+    assert schedule.last_epoch == 12
+    assert optimizer.hyperparameters()["0.lr"].is_cuda
 
 
 def test_the_guard_of_the_tests_above_guards():
