@@ -6,7 +6,7 @@ Workloads are those of experiments/workloads.py; within a seed every method has 
 recommended tower starts from eleven decades with three seeds on m3 and r12, from five with two seeds on the others. Every other method
 starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12), which is chosen on held-out
 training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad starts. --full does
-everything from everywhere, and Muon on the CNN as well, for which a CPU is too slow. Prodigy and D-Adaptation have no lr: d0, their first
+everything from everywhere. Muon on the CNN is for a GPU, or for --full. Prodigy and D-Adaptation have no lr: d0, their first
 estimate of the distance, takes its place.
 
 Writes robustness_<workload>.json (every run, at once), .md (the table) and .png to experiments/results.
@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+import hyperopt
 from experiments import data, provenance, study
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import Hyper
@@ -71,14 +72,15 @@ def muon(model: nn.Module, lr: float) -> list[Optimizer]:
 
 # The paper learns alpha itself and the betas, one step back, with a step size that its authors tuned for the MLP.
 PAPER = "Adam(lr={lr}, learn=(lr, beta1, beta2), horizon=1, trust=None, domains={{lr: Real}}) / SGD(lr=1e-5, trust=None)"
-RECOMMENDED = "ScheduleFree(Adam) / Adam"
+RECOMMENDED, SMALL_EPS = "hyperopt.auto", "ScheduleFree(Adam) / Adam"  # the same but for its eps, Adam's 1e-8
 TOWERS = {
     "Adam": Method("Adam(lr={lr})", grid=3e-3),
     "Adam / SGD, the paper's settings": Method(PAPER),
     "Adam / SGD": Method("Adam(lr={lr}) / SGD"),
     "Adam / Adam": Method("Adam(lr={lr}) / Adam"),
     "SGD(momentum=0.9) / Adam": Method("SGD(lr={lr}, momentum=0.9) / Adam"),
-    RECOMMENDED: Method("ScheduleFree(Adam)(lr={lr}) / Adam"),
+    SMALL_EPS: Method("ScheduleFree(Adam)(lr={lr}) / Adam"),
+    RECOMMENDED: Method(lambda model, lr: [hyperopt.auto(model, lr)]),
 }
 PEERS = {
     "Schedule-Free AdamW": Method(lambda model, lr: [schedulefree.AdamWScheduleFree(model.parameters(), lr=lr)], grid=1e-2),
@@ -104,8 +106,8 @@ BAD_TOWERS = {
     "Adam": "Adam(lr=0.001, {name}={value})",
     "Adam / Adam": "Adam(lr=0.001, {name}={value}) / Adam",
     "the same, learning it too": "Adam(lr=0.001, {name}={value}, learn=(lr, {name})) / Adam",
-    RECOMMENDED: "ScheduleFree(Adam)(lr=0.001, {name}={value}) / Adam",
-    "the recommended tower, learning it too": "ScheduleFree(Adam)(lr=0.001, {name}={value}, learn=(lr, {name})) / Adam",
+    SMALL_EPS: "ScheduleFree(Adam)(lr=0.001, {name}={value}) / Adam",
+    "ScheduleFree(Adam) / Adam, learning it too": "ScheduleFree(Adam)(lr=0.001, {name}={value}, learn=(lr, {name})) / Adam",
 }
 
 
@@ -137,16 +139,16 @@ def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
     make = partial(stepped, method, run.start, workload.steps)
     found = study.train(workload, make, run.seed, validation=run.validation, device=device)
     kept = {name: found[name] for name in ("metric", "loss", "steps", "seconds")}
-    return kept | ({"lr": found["courses"]["0.lr"][-1]} if isinstance(method.make, str) else {})
+    return kept | ({"lr": found["courses"]["0.lr"][-1]} if run.method == RECOMMENDED or isinstance(method.make, str) else {})
 
 
-def methods(workload: Workload, full: bool) -> dict[str, Method]:
-    """Those that make sense on this workload."""
+def methods(workload: Workload, device: str | None = None) -> dict[str, Method]:
+    """Those that make sense on this workload, and where a device is named those that it is not too slow for."""
     left_out = set()
     matrices = hidden(workload.model(0))[0]
     if workload.name != "m3":
         left_out.add("Adam / SGD")  # shown once, for what it cannot do
-    if not hasattr(torch.optim, "Muon") or not matrices or (not full and max(p.numel() for p in matrices) > HEAVY):
+    if not hasattr(torch.optim, "Muon") or not matrices or (device == "cpu" and max(p.numel() for p in matrices) > HEAVY):
         left_out.add("Muon, cosine")
     return {name: method for name, method in METHODS.items() if name not in left_out}
 
@@ -154,9 +156,10 @@ def methods(workload: Workload, full: bool) -> dict[str, Method]:
 def extent(name: str, workload: Workload, full: bool) -> tuple[list[float], int]:
     """The starts and the number of seeds of a method."""
     large = workload.name in LARGE
-    if full or (name == RECOMMENDED and large) or (name in TOWERS and workload.name == "m3"):
+    several = name in (RECOMMENDED, SMALL_EPS)
+    if full or (several and large) or (name in TOWERS and workload.name == "m3"):
         return STARTS, 3
-    return FEW, 2 if name == RECOMMENDED else 1
+    return FEW, 2 if several else 1
 
 
 def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple[list[float], float | None]:
@@ -181,10 +184,12 @@ def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple
             return cells, cells[best]
 
 
-def plan(workload: Workload, runs: dict[str, Any], full: bool, only: Iterable[str] = (), validation: bool = False) -> list[Run]:
+def plan(
+    workload: Workload, runs: dict[str, Any], full: bool, only: Iterable[str] = (), validation: bool = False, device: str = "cpu"
+) -> list[Run]:
     """The runs that can be done now; those at the best cells follow when the grid is done."""
     planned: list[Run] = []
-    for name, method in methods(workload, full).items():
+    for name, method in methods(workload, None if full else device).items():
         if only and name not in only:
             continue
         starts, seeds = extent(name, workload, full)
@@ -238,7 +243,7 @@ def summary(result: dict[str, Any], workload: Workload) -> dict[str, Line]:
     """A line for each method of which there is a run."""
     runs, full, validation = result["runs"], result["full"], result["validation"]
     lines = {}
-    for name, method in methods(workload, full).items():
+    for name, method in methods(workload).items():
         starts, seeds = extent(name, workload, full)
         scores = {start: found for start in starts if (found := score(runs, name, start, seeds, validation))}
         cell = window(name, method, runs, full)[1] if method.grid else None
@@ -353,7 +358,7 @@ def main(
         del result["runs"][key]
     out.mkdir(parents=True, exist_ok=True)
     origin = provenance.origin()
-    while not figures and (missing := plan(chosen, result["runs"], full, method or (), validation)):
+    while not figures and (missing := plan(chosen, result["runs"], full, method or (), validation, device)):
         try:
             tasks = {run.key: partial(train, run, chosen, device) for run in missing}
             for key, found in tqdm(study.execute(tasks, jobs), total=len(tasks), unit="run"):

@@ -6,20 +6,41 @@ from small import net, train
 
 from hyperopt import Adam, Hyper, ScheduleFree, auto
 
+N = sum(p.numel() for p in net().parameters())
+EPS, EPS_OF_TWO = (float(f"{0.05 / (k * N) ** 0.5:.1e}") for k in (1, 2))  # a twentieth of 1/√n, to two digits
+
 
 @pytest.mark.parametrize("lr", [None, 1e-6])
-@pytest.mark.parametrize("given", ["module", "parameters", "groups"])
+@pytest.mark.parametrize("given", ["module", "parameters", "named", "groups"])
 def test_it_trains_as_the_tower_does(given, lr):
     model, twin = net(), net()
-    params = {"module": model, "parameters": model.parameters(), "groups": [{"params": model.parameters()}]}[given]
+    ways = {
+        "module": model,
+        "parameters": model.parameters(),
+        "named": model.named_parameters(),
+        "groups": [{"params": model.parameters()}],
+    }
+    params = ways[given]
     values = {} if lr is None else {"lr": lr}
-    optimizer, other = auto(params, lr=lr), Hyper(ScheduleFree(Adam), **values).stack(Adam).bind(twin.parameters())
+    optimizer = auto(params, lr=lr)
+    other = Hyper(ScheduleFree(Adam), eps=EPS, **values).stack(Adam).bind(twin.parameters())
     train(model, optimizer, range(8))
     train(twin, other, range(8))
     assert float(optimizer.hyperparameters()["0.lr"]) != (lr or 1e-3)
     with optimizer.averaged(), other.averaged():
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+def test_a_group_keeps_its_own_values():
+    first, last = net().parameters(), net().parameters()
+    optimizer = auto([{"params": first, "eps": 1e-3, "lr": 0.01}, {"params": last}])
+    assert [float(f"{float(group[name]):.3g}") for group in optimizer.param_groups for name in ("eps", "lr")] == [
+        1e-3,
+        0.01,
+        EPS_OF_TWO,
+        1e-3,
+    ]
 
 
 def test_compile_is_handed_on():
