@@ -13,8 +13,7 @@ with a zero state. Within a seed every run has the same initial weights and the 
   through (tanh + 1) / 2, which is the logit at twice the number: its step is four times as large here.
 - defaults: lr alone learned by Adam, nothing but defaults of this library. On War and Peace the schedule of the first seed is replayed
   on torch.optim.
-- averaged: the recommended tower, ScheduleFree(Adam) / Adam, the first seed alone, to save time; with --steps above 4,000
-  all seeds.
+- auto: what is recommended, hyperopt.auto, the first seed alone, to save time; with --steps above 4,000 all seeds.
 
 TensorBoard has texts that the model writes, one after each quarter of the steps.
 
@@ -38,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from experiments import data, models, study
 from experiments.workloads import WORKLOADS, Workload
-from hyperopt import SGD, Adam, Hyper, Real, ScheduleFree
+from hyperopt import SGD, Adam, Hyper, Real
 
 STEPS = 4000
 SAMPLE = 200  # characters
@@ -61,7 +60,7 @@ METHODS = {
     "held": study.Method("torch.optim.Adam, held", lambda alpha: partial(study.reference, Hyper(Adam, lr=alpha), None), "C7"),
     "paper": study.Method("the paper's settings", partial(paper, Adam), "C0", "--"),
     "defaults": study.Method("our defaults: Adam / Adam", lambda alpha: Hyper(Adam, lr=alpha).stack(Adam), "C1"),
-    "averaged": study.Method("ScheduleFree(Adam) / Adam", lambda alpha: Hyper(ScheduleFree(Adam), lr=alpha).stack(Adam), "C2", "-."),
+    "auto": study.Method("hyperopt.auto", lambda alpha: partial(study.auto, lr=alpha), "C2", "-."),
 }
 
 
@@ -95,7 +94,7 @@ def plan(steps: int, seeds: int, log: Path, **options: Any) -> dict[str, Callabl
         replay = [name(text, "defaults", alpha) for alpha in ALPHAS if text == "war_and_peace"]
         for m, method in METHODS.items():
             makes = {name(text, m, alpha): method.make(alpha) for alpha in ALPHAS}
-            count = 1 if m == "averaged" and steps <= STEPS else seeds
+            count = 1 if m == "auto" and steps <= STEPS else seeds
             found |= study.tasks(chosen, makes, count, log, replay, observe=partial(write_sample, chosen), **options)
     return found
 
@@ -111,9 +110,15 @@ def table(store: study.Store) -> str:
             theirs = ["{:.2f} ± {:.2f}".format(*number) for number in PAPER[alpha]] if text == "war_and_peace" else ["", ""]
             runs = {m: store.seeds(name(text, m, alpha)) for m in METHODS}
             cells = [study.mean_sd(study.metrics(found)) for found in runs.values()]
-            values = [study.ends(runs[m]) for m in ("paper", "defaults", "averaged")]
+            values = [study.ends(runs[m]) for m in ("paper", "defaults", "auto")]
             rows.append([f"{alpha:g}", *theirs, *cells, study.replay(runs["defaults"]), *values])
-        columns = [*head, "Adam / Adam, first seed → replayed", "paper's settings: lr, betas at the end", "Adam / Adam: lr", "averaged: lr"]
+        columns = [
+            *head,
+            "Adam / Adam, first seed → replayed",
+            "paper's settings: lr, betas at the end",
+            "Adam / Adam: lr",
+            "hyperopt.auto: lr",
+        ]
         title = f"{workload(text, protocol['steps']).title}; mean ± sd of {protocol['seeds']} seeds, where they were run."
         parts.append(f"{title}\n\n{study.table(columns, rows)}")
     measured = {
@@ -162,7 +167,7 @@ def _curves(axes: Axes, store: study.Store, text: str, alpha: float) -> None:
 
 def _rates(axes: Axes, store: study.Store, text: str) -> None:
     for color, alpha in enumerate(ALPHAS):
-        for m in ("paper", "defaults", "averaged"):
+        for m in ("paper", "defaults", "auto"):
             lines = study.courses(store.seeds(name(text, m, alpha)), "0.lr")
             study.band(axes, lines, color=f"C{color}", linestyle=METHODS[m].style, linewidth=1.2, label=f"{m}, from {alpha:g}")
     axes.set(yscale="log", xlabel="step", ylabel="lr", title=f"{TEXTS[text][0]}, learned lr")

@@ -15,8 +15,8 @@ alpha ∈ {.01, .1, 1} × mu ∈ {.09, .9, .99}:
 - defaults: lr alone learned by Adam, nothing but defaults of this library. The schedule of the first seed is replayed on torch.optim.
 - all: lr, momentum and weight decay learned by Adam, nothing but defaults otherwise.
 
-Beside them torch.optim.SGD from (.1, .9) with the hand-made schedule, ÷10 after a half and three quarters of the steps, and the
-recommended tower, ScheduleFree(Adam) / Adam from its default lr.
+Beside them torch.optim.SGD from (.1, .9) with the hand-made schedule, ÷10 after a half and three quarters of the steps, and what is
+recommended, hyperopt.auto from its default lr.
 
 Writes cifar_<model>.json (every run), .md and .png to experiments/results.
 """
@@ -65,13 +65,13 @@ METHODS = {
         "-.",
     ),
 }
-HAND_MADE, RECOMMENDED = "hand-made schedule", "ScheduleFree(Adam) / Adam"
+HAND_MADE, RECOMMENDED = "hand-made schedule", "hyperopt.auto"
 
 
 def references(steps: int) -> dict[str, Any]:
     """What is trained once, beside the grid."""
     falls = partial(MultiStepLR, milestones=[math.ceil(steps / 2), math.ceil(steps * 3 / 4)], gamma=0.1)
-    return {HAND_MADE: partial(study.reference, held(0.1, 0.9), falls), RECOMMENDED: RECOMMENDED}
+    return {HAND_MADE: partial(study.reference, held(0.1, 0.9), falls), RECOMMENDED: study.auto}
 
 
 def name(method: str, alpha: float, mu: float) -> str:

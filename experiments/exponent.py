@@ -15,8 +15,8 @@ training and 4,000 test images, one epoch and 2 seeds. Within a seed every run h
   the rule of this library, as torch.optim has none with eta.
 
 As the thesis has it: python -m experiments.exponent --model resnet44 --images 50000 --epochs 200 --device cuda
-Apart from what is named, nothing but defaults of this library. Beside them torch.optim.Adam (lr 1e-3, its own betas) and the recommended
-tower, ScheduleFree(Adam) / Adam.
+Apart from what is named, nothing but defaults of this library. Beside them torch.optim.Adam (lr 1e-3, its own betas) and what is
+recommended, hyperopt.auto.
 
 Writes exponent_<model>.json (every run), .md and .png to experiments/results.
 """
@@ -53,7 +53,7 @@ METHODS = {
 }
 REFERENCES: dict[str, Any] = {
     "torch.optim.Adam": partial(study.reference, Hyper(Adam, lr=1e-3), None),
-    "ScheduleFree(Adam) / Adam": "ScheduleFree(Adam) / Adam",
+    "hyperopt.auto": study.auto,
 }
 
 

@@ -17,7 +17,7 @@ From an initial lr of 1e-5, 1e-3 and 1e-1:
 - paper: lr learned as it is and both betas, by SGD, horizon 1, no trust, with the step sizes of the paper's char-RNN.
 - defaults: lr alone learned by Adam, nothing but defaults of this library.
 - all: lr, both betas, eps and weight decay learned by Adam, nothing but defaults otherwise.
-- averaged: the recommended tower, ScheduleFree(Adam) / Adam.
+- auto: what is recommended, hyperopt.auto.
 
 The schedules that the first seed of defaults and all learned are replayed on torch.optim.
 
@@ -42,7 +42,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from experiments import study
 from experiments.char_rnn import paper
 from experiments.workloads import WORKLOADS, Workload
-from hyperopt import Adam, AdamW, Hyper, ScheduleFree
+from hyperopt import Adam, AdamW, Hyper
 
 STARTS, PEAKS = (1e-5, 1e-3, 1e-1), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 LEARNED = ("lr", "beta1", "beta2", "eps", "weight_decay")
@@ -60,7 +60,7 @@ METHODS = {
     "paper": study.Method("the paper's settings", lambda lr, _: paper(AdamW, lr), "C0", "--"),
     "defaults": study.Method("our defaults: AdamW / Adam", lambda lr, _: Hyper(AdamW, lr=lr).stack(Adam), "C1"),
     "all": study.Method("lr, betas, eps, weight decay", lambda lr, _: Hyper(AdamW, lr=lr, learn=LEARNED).stack(Adam), "C3", "-."),
-    "averaged": study.Method("ScheduleFree(Adam) / Adam", lambda lr, _: Hyper(ScheduleFree(Adam), lr=lr).stack(Adam), "C2", "-."),
+    "auto": study.Method("hyperopt.auto", lambda lr, _: partial(study.auto, lr=lr), "C2", "-."),
 }
 
 
@@ -144,7 +144,7 @@ def draw(store: study.Store, path: Path) -> None:
 
 def _rates(axes: Axes, store: study.Store) -> None:
     for color, lr in enumerate(STARTS):
-        for m, style in ("paper", "--"), ("defaults", "-"), ("all", ":"), ("averaged", "-."):
+        for m, style in ("paper", "--"), ("defaults", "-"), ("all", ":"), ("auto", "-."):
             lines = study.courses(store.seeds(name(m, lr)), "0.lr")
             study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"{m}, from {lr:g}")
     lines = study.courses(store.seeds(name("cosine", best(store))), "0.lr")[:1]

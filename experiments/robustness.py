@@ -35,7 +35,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-import hyperopt
 from experiments import data, provenance, study
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import Hyper
@@ -80,7 +79,7 @@ TOWERS = {
     "Adam / Adam": Method("Adam(lr={lr}) / Adam"),
     "SGD(momentum=0.9) / Adam": Method("SGD(lr={lr}, momentum=0.9) / Adam"),
     SMALL_EPS: Method("ScheduleFree(Adam)(lr={lr}) / Adam"),
-    RECOMMENDED: Method(lambda model, lr: [hyperopt.auto(model, lr)]),
+    RECOMMENDED: Method(study.auto),
 }
 PEERS = {
     "Schedule-Free AdamW": Method(lambda model, lr: [schedulefree.AdamWScheduleFree(model.parameters(), lr=lr)], grid=1e-2),

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import hyperopt
 from experiments import data, models, provenance
 from experiments.workloads import Workload, cifar10
 from hyperopt import Hyper, HyperOptimizer, Recorder, Replay, batch_statistics
@@ -153,6 +154,11 @@ def started(make: str | Hyper | Make, model: nn.Module) -> list[Any]:
     if isinstance(make, (str, Hyper)):
         return [(Hyper.parse(make) if isinstance(make, str) else make).bind(model.parameters())]
     return make(model)
+
+
+def auto(model: nn.Module, lr: float | None = None) -> list[Optimizer]:
+    """What is recommended: `hyperopt.auto`."""
+    return [hyperopt.auto(model, lr)]
 
 
 def plain(tower: Hyper, params: Any) -> Optimizer:

@@ -378,7 +378,7 @@ def test_a_script_runs_resumes_and_draws(invoke, tmp_path, name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_figure_of_what_is_there_so_far(invoke, tmp_path, name):
-    key = next(key for key in plans()[name] if key.startswith(("all", "both", "averaged")) or "| averaged |" in key)
+    key = next(key for key in plans()[name] if key.startswith(("all", "both", "auto")) or "| auto |" in key)
     path = tmp_path / f"{name}.json"
     invoke(name, "--steps", "2", seeds=1)
     result = json.loads(path.read_text())
