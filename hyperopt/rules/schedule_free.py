@@ -32,10 +32,10 @@ def ScheduleFree(base: Any) -> type[Rule]:
     below uses, q goes through y.
 
     Args:
-        base: a rule with a first moment, such as Adam or SGD; its class.
+        base: a rule that names the first moment to be left out (`Rule.first_moment`): Adam, AdamW, SGD; its class.
 
     Raises:
-        TypeError: a rule without a first moment.
+        TypeError: any other rule.
 
     Source: Defazio et al. 2024 (arXiv 2405.15682).
 
@@ -45,7 +45,7 @@ def ScheduleFree(base: Any) -> type[Rule]:
     """
     plain = base() if callable(base) else None
     if not isinstance(plain, Rule) or not plain.first_moment or plain.average:
-        raise TypeError(f"ScheduleFree takes a rule with a first moment, such as Adam or SGD, got {base!r}")
+        raise TypeError(f"ScheduleFree takes a rule with a first moment that it can leave out, Adam, AdamW or SGD, got {base!r}")
     options = {f.name for f in dataclasses.fields(plain)} - plain.declared().keys()
     left_out = {"beta1", *plain.first_moment, *options}
     return compose(_ScheduleFree, ScheduleFree, base, without=left_out, also=[("beta1", hyper(0.9, UnitInterval()))])
