@@ -7,7 +7,8 @@ recommended tower starts from eleven decades with three seeds on m3 and r12, fro
 starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12), which is chosen on held-out
 training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad starts. --full does
 everything from everywhere. Muon on the CNN is for a GPU, or for --full. Prodigy and D-Adaptation have no lr: d0, their first
-estimate of the distance, takes its place.
+estimate of the distance, takes its place. Any other tower can be put beside them by its text, with {lr} where the start goes, and on
+held-out training data alone: --validation --method "ScheduleFree(Adam)(lr={lr}, eps=1e-4) / Adam".
 
 Writes robustness_<workload>.json (every run, at once), .md (the table) and .png to experiments/results.
 """
@@ -152,6 +153,11 @@ def methods(workload: Workload, device: str | None = None) -> dict[str, Method]:
     return {name: method for name, method in METHODS.items() if name not in left_out}
 
 
+def named(names: Iterable[str]) -> dict[str, Method]:
+    """Those of the names that are a tower's text, with {lr} where the start goes."""
+    return {name: Method(name) for name in names if "{lr}" in name}
+
+
 def extent(name: str, workload: Workload, full: bool) -> tuple[list[float], int]:
     """The starts and the number of seeds of a method."""
     large = workload.name in LARGE
@@ -188,7 +194,7 @@ def plan(
 ) -> list[Run]:
     """The runs that can be done now; those at the best cells follow when the grid is done."""
     planned: list[Run] = []
-    for name, method in methods(workload, None if full else device).items():
+    for name, method in (methods(workload, None if full else device) | named(only)).items():
         if only and name not in only:
             continue
         starts, seeds = extent(name, workload, full)
@@ -242,7 +248,7 @@ def summary(result: dict[str, Any], workload: Workload) -> dict[str, Line]:
     """A line for each method of which there is a run."""
     runs, full, validation = result["runs"], result["full"], result["validation"]
     lines = {}
-    for name, method in methods(workload).items():
+    for name, method in (methods(workload) | named(key.split(" | ")[0] for key in runs)).items():
         starts, seeds = extent(name, workload, full)
         scores = {start: found for start in starts if (found := score(runs, name, start, seeds, validation))}
         cell = window(name, method, runs, full)[1] if method.grid else None
@@ -290,7 +296,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
     top = 1.15 * workload.guess  # what is worse, or diverged, is drawn there
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, names in (left, TOWERS), (right, {RECOMMENDED: None, **PEERS}):
+    for axes, names in (left, [*TOWERS, *(name for name in lines if name not in METHODS)]), (right, {RECOMMENDED: None, **PEERS}):
         for number, name in enumerate(names):
             if name in lines:
                 recommended = name == RECOMMENDED
@@ -301,7 +307,8 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
         study.decimal_ticks(axes.yaxis)
         axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # inside it would hide lines
+        if any(name in lines for name in names):
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # inside it would hide lines
     left.set(title="towers", ylabel=f"{'validation' if result['validation'] else 'test'} {workload.metric}")
     right.set(title="peers; star: the best lr of a grid")
     left.set_ylim(top=top * 1.03)
@@ -319,9 +326,26 @@ def draw_line(axes: Axes, name: str, line: Line, top: float, color: str, width: 
         axes.plot([line.best[0]], [min(line.best[1].mean, top)], marker="*", markersize=11, color=color)
 
 
+def check(name: str) -> None:
+    """Raise unless it names a method, a row of the small table or a tower."""
+    if name in METHODS or name in bad_towers():
+        return
+    if "{lr}" not in name:
+        known = ", ".join(map(repr, METHODS))
+        raise typer.BadParameter(
+            f"{name!r} is none of {known}, and no tower with {{lr}} where the start goes", param_hint="--method, --again"
+        )
+    try:
+        Hyper.parse(name.format(lr=1e-3))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--method, --again") from error
+
+
 def main(
     workload: Annotated[str, typer.Option(help=f"one of {', '.join(WORKLOADS)}")] = "m3",
-    method: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="only this one, of the table or a tower's text with {lr}; may be repeated")
+    ] = None,
     again: Annotated[
         list[str] | None, typer.Option(help="forget the results of this method, or tower of the small table; may be repeated")
     ] = None,
@@ -337,8 +361,7 @@ def main(
     if workload not in WORKLOADS:
         raise typer.BadParameter(f"{workload!r} is none of {', '.join(WORKLOADS)}", param_hint="--workload")
     for name in (*(method or ()), *(again or ())):
-        if name not in METHODS and name not in bad_towers():
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(map(repr, METHODS))}", param_hint="--method, --again")
+        check(name)
     torch.set_num_threads(1)
     chosen = WORKLOADS[workload]
     if steps is not None:

@@ -318,6 +318,27 @@ def test_robustness_is_resumed_and_drawn(small, tmp_path, monkeypatch):
     assert "choose another --out" in invoke("--steps", "9").output
 
 
+def test_any_tower_is_put_beside_them_by_its_text(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(robustness.WORKLOADS, "cnn", replace(small, name="cnn"))
+
+    def invoke(text):
+        return CliRunner().invoke(
+            robustness.app, ["--workload", "cnn", "--out", str(tmp_path), "--method", text, "--steps", "4", "--validation"]
+        )
+
+    text = "Adam(lr={lr}, eps=0.01) / Adam"
+    outcome = invoke(text)
+    assert outcome.exit_code == 0, outcome.output
+    runs = json.loads((tmp_path / "robustness_cnn_validation.json").read_text())["runs"]
+    assert list(runs) == [robustness.Run(text, start, 0, validation=True).key for start in robustness.FEW]
+    assert runs[f"{text} | 0.001 | 0 | validation"]["metric"] != runs[f"{text} | 1e-08 | 0 | validation"]["metric"]
+    (row,) = [line for line in outcome.output.splitlines() if line.startswith(f"| {text} |")]
+    assert len([cell for cell in row.split("|") if cell.strip()]) == 1 + len(robustness.FEW) + 2
+    assert (tmp_path / "robustness_cnn_validation.png").exists()
+    assert "no tower with {lr} where the start goes" in invoke("Adam / Adam(lr=3)").output
+    assert "'Adamant' in" in invoke("Adamant(lr={lr})").output
+
+
 def test_the_worst_start_is_named_when_all_are_there():
     keys = [robustness.Run("Prodigy", start, 0).key for start in robustness.FEW]
     result = {"validation": False, "full": False, "runs": {key: {"metric": 3.0 + i} for i, key in enumerate(keys)}}
