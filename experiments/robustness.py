@@ -2,13 +2,14 @@
 
     python -m experiments.robustness --workload m3          resumes where it was stopped; --figures only draws
 
-Workloads are those of experiments/workloads.py; within a seed every method has the same initial weights and the same batches. The
-recommended tower starts from eleven decades with three seeds on m3 and r12, from five with two seeds on the others. Every other method
-starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12), which is chosen on held-out
-training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad starts. --full does
-everything from everywhere. Muon on the CNN is for a GPU, or for --full. Prodigy and D-Adaptation have no lr: d0, their first
-estimate of the distance, takes its place. Any other tower can be put beside them by its text, with {lr} where the start goes, and on
-held-out training data alone: --validation --method "ScheduleFree(Adam)(lr={lr}, eps=1e-4) / Adam".
+Workloads are those of experiments/workloads.py; within a seed every method has the same initial weights and the same batches.
+hyperopt.auto, and the same with Adam's eps, start from eleven decades with three seeds on m3 and r12, from five with two seeds on the
+others. Every other method starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12),
+which is chosen on held-out training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad
+starts. --full does everything from everywhere. Muon on the CNN is for a GPU, or for --full. Prodigy and D-Adaptation have no lr: d0,
+their first estimate of the distance, takes its place. Any other tower can be put beside them by its text, with {lr} where the start goes;
+with --validation it is measured on held-out training data alone, as a choice has to be: --validation --method
+"ScheduleFree(Adam)(lr={lr}, eps=1e-4) / Adam".
 
 Writes robustness_<workload>.json (every run, at once), .md (the table) and .png to experiments/results.
 """
@@ -71,7 +72,7 @@ def muon(model: nn.Module, lr: float) -> list[Optimizer]:
 
 
 # The paper learns alpha itself and the betas, one step back, with a step size that its authors tuned for the MLP.
-PAPER = "Adam(lr={lr}, learn=(lr, beta1, beta2), horizon=1, trust=None, domains={{lr: Real}}) / SGD(lr=1e-5, trust=None)"
+PAPER = "Adam(lr={lr}, learn=(lr, beta1, beta2), horizon=1, trust=None, domains={lr: Real}) / SGD(lr=1e-5, trust=None)"
 RECOMMENDED, SMALL_EPS = "hyperopt.auto", "ScheduleFree(Adam) / Adam"  # the same but for its eps, Adam's 1e-8
 TOWERS = {
     "Adam": Method("Adam(lr={lr})", grid=3e-3),
@@ -125,10 +126,15 @@ class Run(NamedTuple):
         return f"{self.method} | {self.start:g} | {self.seed}" + (" | validation" if self.validation else "")
 
 
+def started_at(text: str, lr: float) -> str:
+    """A tower's text with its start; other braces are the tower's own."""
+    return text.replace("{lr}", repr(lr), 1)
+
+
 def stepped(method: Method, lr: float, steps: int, model: nn.Module) -> list[Any]:
     """The optimizers of a method and their schedulers."""
     if isinstance(method.make, str):
-        return [Hyper.parse(method.make.format(lr=lr)).bind(model.parameters())]
+        return [Hyper.parse(started_at(method.make, lr)).bind(model.parameters())]
     optimizers = method.make(model, lr)
     return [*optimizers, *(CosineAnnealingLR(optimizer, steps) for optimizer in optimizers if method.cosine)]
 
@@ -291,7 +297,7 @@ def table(result: dict[str, Any], workload: Workload) -> str:
 
 
 def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
-    """Towers on the left, peers beside the recommended tower on the right: the mean of the seeds, a band from best to worst."""
+    """Towers on the left, peers beside hyperopt.auto on the right: the mean of the seeds, a band from best to worst."""
     lines = summary(result, workload)
     top = 1.15 * workload.guess  # what is worse, or diverged, is drawn there
     figure = Figure(figsize=(12, 6), layout="constrained")
@@ -336,7 +342,7 @@ def check(name: str) -> None:
             f"{name!r} is none of {known}, and no tower with {{lr}} where the start goes", param_hint="--method, --again"
         )
     try:
-        Hyper.parse(name.format(lr=1e-3))
+        Hyper.parse(started_at(name, 1e-3))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--method, --again") from error
 

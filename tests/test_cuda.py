@@ -176,7 +176,7 @@ def test_float16_with_a_scaler():
     assert losses[-1] < 0.5 * losses[0]
 
 
-# ---- checkpoints, torch's optimizers, the recommended tower
+# ---- checkpoints, torch's optimizers, hyperopt.auto
 
 
 @pytest.mark.parametrize(("first", "second"), [(GPU, "cpu"), ("cpu", GPU)])

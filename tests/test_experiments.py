@@ -335,7 +335,9 @@ def test_any_tower_is_put_beside_them_by_its_text(small, tmp_path, monkeypatch):
     (row,) = [line for line in outcome.output.splitlines() if line.startswith(f"| {text} |")]
     assert len([cell for cell in row.split("|") if cell.strip()]) == 1 + len(robustness.FEW) + 2
     assert (tmp_path / "robustness_cnn_validation.png").exists()
+    assert invoke("Adam(lr={lr}) / {lr: Adam}").exit_code == 0
     assert "no tower with {lr} where the start goes" in invoke("Adam / Adam(lr=3)").output
+    assert "{eps}" in invoke("Adam(lr={lr}, eps={eps}) / Adam").output
     assert "'Adamant' in" in invoke("Adamant(lr={lr})").output
 
 

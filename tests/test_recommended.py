@@ -43,6 +43,23 @@ def test_a_group_keeps_its_own_values():
     ]
 
 
+def test_weights_that_are_frozen_do_not_count():
+    model, trained = net(), net()
+    model[0].requires_grad_(False)
+    given = float(auto(model).param_groups[0]["eps"])
+    assert given == float(auto(trained[2:]).param_groups[0]["eps"]) != float(auto(trained).param_groups[0]["eps"])
+
+
+def test_what_was_given_is_left_as_it_was():
+    model, step = net(), torch.optim.Optimizer.step
+    group = {"params": list(model.parameters()), "eps": 1e-3}
+    before = dict(group)
+    auto([group])
+    assert group.keys() == before.keys()
+    assert group["params"] is before["params"]
+    assert not hasattr(step, "hooked")  # torch marks what it has patched
+
+
 def test_compile_is_handed_on():
     assert auto(net(), compile=True).compile
     assert not auto(net()).compile
@@ -50,8 +67,27 @@ def test_compile_is_handed_on():
 
 @pytest.mark.parametrize(
     ("lr", "error", "message"),
-    [(-1.0, ValueError, "give at least 0"), (0.0, ValueError, "start strictly inside"), ("fast", TypeError, "must be a number")],
+    [(-1.0, ValueError, "give at least 0"), (0.0, ValueError, "leave it out for 1e-3"), ("fast", TypeError, "must be a number")],
 )
 def test_an_lr_that_is_none_is_refused(lr, error, message):
     with pytest.raises(error, match=message):
         auto(net(), lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ([], ValueError, "empty parameter list"),
+        (torch.nn.ReLU(), ValueError, "empty parameter list"),
+        (None, TypeError, r"pass model\.parameters\(\)"),
+        (torch.nn.Linear, TypeError, r"got type: pass model\.parameters\(\)"),
+        ("abc", TypeError, r"got str: pass model\.parameters\(\)"),
+        ([{"lr": 1.0}], ValueError, "needs an entry 'params', got only 'lr'"),
+        ([{"params": iter(())}], ValueError, "empty parameter list"),
+        ([torch.nn.Parameter(torch.ones(2))] * 2, ValueError, "the same parameter twice"),
+    ],
+    ids=["none", "no module with any", "nothing", "class", "text", "group without", "group of none", "twice"],
+)
+def test_what_are_no_parameters_is_refused(params, error, message):
+    with pytest.raises(error, match=message):
+        auto(params)
