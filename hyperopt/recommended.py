@@ -36,7 +36,7 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False) -
         model_or_params: a module, or parameters as torch.optim takes them; a group may give its own values.
         lr: where learning of the learning rate begins, default 1e-3.
         compile: fuse each step with torch.compile, which this tower is worth where a training step takes a few milliseconds or less
-            (MLP, batch 256, two cores: 1.1 times as long as with torch's fused Adam, and 3 to 4 times if it is not fused).
+            (MLP, batch 256, two cores: 1.2 times as long as with torch's fused Adam, and 3 to 4 times if it is not fused).
 
     Raises:
         ValueError: no parameters, an lr that is not above 0, and what `Hyper.bind` raises.
