@@ -54,8 +54,10 @@ struct Block {
 
 inline float square(float g) { return std::min(g * g, FLT_MAX); }
 
+// An infinite weight stays so, decayed or not. The choice is made by x and not by decay: of a branch that is the same for all elements a
+// compiler for AVX2 makes two loops, neither of vectors, and `take` takes twice as long.
 inline float direction(const Step& s, float m, float v, float x) {
-    return s.size * m / (std::sqrt(std::max(v, FLT_MIN)) + s.eps) + (s.decay != 0 ? s.decay * x : 0);
+    return s.size * m / (std::sqrt(std::max(v, FLT_MIN)) + s.eps) + s.decay * (std::fabs(x) <= FLT_MAX ? x : 0);
 }
 
 }  // namespace
