@@ -55,8 +55,8 @@ struct Block {
 inline float square(float g) { return std::min(g * g, FLT_MAX); }
 
 // An infinite weight stays so, decayed or not. Choices are between values that are there (here x or 0, in `take` z or 0), not between an
-// operation and none, and not by decay, which is the same for all elements: of such a loop gcc 12 makes no vectors for AVX2, and the step takes
-// three times as long.
+// operation and none, and not by decay, which is the same for all elements: of such a loop gcc 12 makes no vectors for AVX2, and the step
+// takes three times as long.
 inline float direction(const Step& s, float m, float v, float x) {
     return s.size * m / (std::sqrt(std::max(v, FLT_MIN)) + s.eps) + s.decay * (std::fabs(x) <= FLT_MAX ? x : 0);
 }
