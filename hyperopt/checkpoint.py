@@ -7,6 +7,8 @@ import torch
 from .rule import check as check_value
 from .tower import Hyper
 
+FORMAT = 2  # of what a checkpoint holds
+
 
 def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
     """Raise unless `state_dict` can be loaded into an optimizer.
@@ -31,6 +33,11 @@ def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str,
     for saved, group in zip(groups, param_groups, strict=True):
         if "tower" not in saved:
             raise ValueError("the checkpoint is not one of a HyperOptimizer: it has no tower; load it into the optimizer that wrote it")
+        if saved["tower"].get("format") != FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {saved['tower'].get('format', 1)} and this version of hyperopt reads {FORMAT}: go on from it "
+                "with the version that wrote it, or load only the model's weights and bind a new optimizer at the lr it had learned"
+            )
         if saved["tower"]["structure"] != mine:
             raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
         shapes = saved["tower"]["shapes"]

@@ -1,27 +1,29 @@
 """One parameter group at work: which tensors are stepped as one, what a user assigned, what survives in a checkpoint."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import compiled, hypergradients, native, step, text, tree
-from .domains import complement
-from .engine import LARGE, LARGE_FUSED, LARGE_LAUNCHED, Chunk, Record, Scratch
-from .hypergradients import Graph
-from .rule import check
+from . import text
+from .body import choose
+from .body.buffers import Buffer, Record
+from .body.compiled import is_right
+from .body.graph import Graph
+from .checkpoint import FORMAT
+from .hyperparameter import Hyperparameter
+from .rule import check, recovered
 from .tower import Hyper
-
-FEW = 8  # sets of parameters that have a gradient together, of which the passes are kept
+from .tree import Tree, with_zeros
 
 
 class Group:
     """One parameter group and the tower that trains it.
 
-    Everything that must survive is kept in `group` and `state` as tensors and plain values; this object can be built again
-    from them at any time.
+    Everything that must survive is kept in `group` and `state` as tensors and plain values; this object can be built again from them at
+    any time.
 
     Args:
         spec: the tower.
@@ -41,57 +43,49 @@ class Group:
         self.dtype = torch.float64 if wide else torch.float32
         self.names = list(spec.rule.declared())
         self.check()
-        self.tower: dict[str, Any] = group.setdefault("tower", {"structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}})
+        fresh = {"format": FORMAT, "structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}}
+        self.tower: dict[str, Any] = group.setdefault("tower", fresh)
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
-        self.compile = compile and spec.strategy != "graph" and compiled.is_right(group["params"])
-        self.passes: native.Passes | None = None
-        self._scratch: Scratch = {}
+        self.compile = compile and spec.strategy != "graph" and is_right(group["params"])
+        self.one = torch.ones((), dtype=self.dtype, device=self.device)
+        self.live: dict[str, Tensor] = {}
+        self.buffers: list[Buffer] = []
         self._build()
 
     @torch.no_grad()
     def _build(self) -> None:
-        self.last: dict[str, Tensor] = self.tower["last"]
-        self.live: dict[str, Tensor] = {}
+        last: dict[str, Tensor] = self.tower["last"]
         for name in self.names:
-            value = self._to(torch.as_tensor(self.group[name], dtype=self.dtype)).detach().clone()
-            size = self._size(name)
-            self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
-            self.last[name] = self._to(self.last.get(name, self.live[name].clone()))
-        # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
-        self.watched = {name for name in self.names if not torch.equal(self.live[name], self.last[name])}
-        self.watched |= set(self.tower.get("watched", []))
+            if name not in self.live:
+                value = self._to(torch.as_tensor(self.group[name], dtype=self.dtype)).detach().clone()
+                size = self._size(name)
+                self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
+            last[name] = self._to(last.get(name, self.live[name].clone()))
+        learned = self.spec.learning
+        own = {n: Hyperparameter(self.spec.domain(n), self.live[n], learned=n in learned, last_value=last[n]) for n in self.names}
         self.versions = {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
-        zeros = self.tower.get("zeros", [name for name in self.names if name not in self.spec.learning])
+        zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
         self.zeros = self.tower["zeros"] = [name for name in zeros if not self.live[name].any()]
-        self.rule = tree.with_zeros(self.spec.rule, self.zeros)
-        self.nodes = tree.grow(self.spec, self.rule, self.live, self.tower["nodes"])
-        self.root = self.nodes["0"]
-        if self.compile or self.watched - {"lr"}:
-            self.root.kernel = None  # as in `_notice`, so that training goes on bit for bit; fused, no eager step needs its buffer
-        for node in self.nodes.values():
-            node.resets = self.tower["skipped"][1]
-        self._prepare()
+        self.rule = with_zeros(self.spec.rule, self.zeros)
+        tree = Tree(self.spec, self.rule, own, self.tower["nodes"], self.params, self.tower["skipped"], compile=self.compile)
+        self.nodes, self.root = tree.nodes, tree.root
+        self.body, self.hypers = self.root.body, self.root.hypers
+        self._step = choose.Runner(self.root.step, self.body, self._tangents) if self.compile else self.root.step
+        # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
+        differ = {name for name in self.names if not torch.equal(self.live[name], last[name])}
+        for name in differ | set(self.tower.get("watched", [])):
+            self._changed(name)
         kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
-        # The checkpoint may be of a model whose tensors had other dtypes or were on other devices, and a live optimizer that was
-        # taken over has state but no partition.
+        # The checkpoint may be of a model whose tensors had other dtypes or were on other devices, and a live optimizer that was taken
+        # over has state but no partition.
         mixed = [part for part in kept if len({(p.dtype, p.device) for p in part}) > 1]
         known = {p for part in kept for p in part}
         loose = [p for part in mixed for p in part] + [p for p in self.params if "t" in self.state.get(p, {}) and p not in known]
         parts = [part for part in kept if not any(part is m for m in mixed)]
-        parts += self._parts(loose)
-        self._partition([self._chunk(part) for part in parts])
-
-    def _prepare(self) -> None:
-        """What takes the steps, made anew where the rule has changed."""
-        self._stepper = step.Step(self.nodes, self.last, self.tower["skipped"][0], compile=self.compile)
-        for node in self.nodes.values() if self.compile else ():
-            if node.level:  # not watched for assignment as those of level 0 are, and arguments of compiled code are dear
-                held = {n: v for n, v in node.live.items() if n not in node.raw and not v.dim()}
-                node.constants = {n: (float(v), float(node.complements[n])) for n, v in held.items()}
-        self._native = native.source(self.root, self.params, maximize=self.spec.maximize) if self.compile else None
-        self._passes: dict[Any, native.Passes] = {}
+        parts += choose.parts(loose, self.state, self.rule, compile=self.compile)
+        self._partition([self._buffer(part) for part in parts])
 
     def _to(self, value: Tensor) -> Tensor:
         return value.to(device=self.device, dtype=self.dtype)
@@ -102,17 +96,20 @@ class Group:
             return None
         return len(self.params) if self.spec.per == "tensor" else sum(p.numel() for p in self.params)
 
-    def _chunk(self, params: list[Tensor]) -> Chunk:
-        chunk = Chunk(params, [self.state[p] for p in params], self.rule, self._spread(params))
-        chunk.shared = self._scratch
-        chunk.separable = chunk.split = self.rule.elementwise and self.root.separable()
-        return chunk
+    def _buffer(self, params: list[Tensor]) -> Buffer:
+        derives = "beta1" not in self.spec.learning and "beta1" not in self.hypers.watched and float(self.live.get("beta1", 0)) >= 0.5
+        return Buffer(params, [self.state[p] for p in params], self.rule, self._spread(params), derives=derives and self._derives())
 
-    def _partition(self, chunks: list[Chunk]) -> None:
-        # Kept with the state, as sums over other chunks would differ in the last bit.
-        self.chunks = chunks
+    def _derives(self) -> bool:
+        """Whether the average of a rule is recomputed from what lr moves and the weights, which saves a copy of them."""
+        implied = self.rule.moved != "x" and self.rule.average is not None
+        return implied and not self.set and self.spec.project is None and all(p.dtype == torch.float32 for p in self.params)
+
+    def _partition(self, buffers: list[Buffer]) -> None:
+        # Kept with the state, as sums over other buffers would differ in the last bit.
+        self.buffers = buffers
         index = {p: i for i, p in enumerate(self.params)}
-        self.tower["chunks"] = [[index[p] for p in chunk.tensors] for chunk in chunks]
+        self.tower["chunks"] = [[index[p] for p in buffer.tensors] for buffer in buffers]
 
     def _spread(self, params: list[Tensor]) -> dict[str, tuple[Tensor, int]]:
         """For each element of `params` the position of its value, where a hyperparameter has several."""
@@ -142,10 +139,10 @@ class Group:
         if self.group["project"] != self.set:
             raise ValueError(f"param_groups[…]['project'] was changed from {self.set} to {self.group['project']}: give it when binding")
         for name in self.names:
-            value, size = self.group[name], self._size(name)
+            value = self.group[name]
             if not isinstance(value, Tensor):
                 self._check_number(name, value)
-            elif value.dim() and value.shape != (size,):
+            elif value.dim() and value.shape != (size := self._size(name),):
                 wanted = "one number" if size is None else f"one number, or a tensor of shape ({size},)"
                 raise ValueError(f"param_groups[…][{name!r}] was given a tensor of shape {tuple(value.shape)}: give {wanted}")
 
@@ -159,48 +156,54 @@ class Group:
         if domain.inside(value) and not domain.inside(rounded):
             raise ValueError(f"{name} = {value!r} is {rounded:g} in {self.dtype}, on the bound of {domain!r}: give a value farther inside")
 
-    def collect(self) -> bool:
-        """Notice what was assigned, choose the chunks that have a gradient, and gather those or take the first pass of a step by hand.
+    def collect(self, directions: Mapping[Tensor, Tensor] | None = None) -> bool:
+        """Notice what was assigned, choose the buffers that have a gradient, and begin the step with them.
 
-        Returns whether there are any.
+        Args:
+            directions: for a black box, the displacement of each parameter at lr = 1, downwards.
+
+        Returns:
+            Whether there are any.
         """
         self._notice()
-        fresh = [p for p in self.params if p.grad is not None and "t" not in self.state.get(p, {})]
-        mixed = [c for c in self.chunks if len({p.grad is None for p in c.tensors}) > 1]
+        fresh, mixed, active = [], [], []
+        for p in self.params:
+            if p.grad is not None and "t" not in self.state.get(p, {}):
+                fresh.append(p)
+        for buffer in self.buffers:
+            missing = 0
+            for p in buffer.tensors:
+                missing += p.grad is None
+            if not missing:
+                active.append(buffer)
+            elif missing < len(buffer.tensors):
+                mixed.append(buffer)
         if fresh or mixed:
-            for p in fresh:
-                self.state[p] = {}
-            # From now on the two halves of a mixed chunk have different step counts.
-            halves = [[p for p in c.tensors if (p.grad is None) == absent] for c in mixed for absent in (True, False)]
-            kept = [c for c in self.chunks if c not in mixed]
-            self._partition(kept + [self._chunk(part) for part in (*halves, *self._parts(fresh))])
-        self.root.chunks = [c for c in self.chunks if c.tensors[0].grad is not None]
-        grads = [[p.grad for p in c.tensors if p.grad is not None] for c in self.root.chunks]
-        self.passes = self._by_hand([g for gs in grads for g in gs])
-        self._gs = [] if self.passes else [c.gradient(gs, self.spec.maximize) for c, gs in zip(self.root.chunks, grads, strict=True)]
-        return bool(self.root.chunks)
+            active = self._split(fresh, mixed)
+        self.body.buffers = active
+        if not active:
+            return False
+        grads = [[p.grad for p in buffer.tensors] for buffer in active]
+        given = None if directions is None else [[directions[p] for p in buffer.tensors] for buffer in active]
+        self._gs = self.body.begin(grads, given, maximize=self.spec.maximize)
+        return True
 
-    def totals(self) -> list[Tensor]:
-        """The sums of the gradients, which are finite if those are."""
-        return [self.passes.sums[0]] if self.passes else [g.sum() for g in self._gs]
+    def _split(self, fresh: Sequence[Tensor], mixed: Sequence[Buffer]) -> list[Buffer]:
+        """Make buffers of parameters that have a gradient for the first time, and two of each of which only a part has one now."""
+        for p in fresh:
+            self.state[p] = {}
+        # From now on the two halves of a mixed buffer have different step counts.
+        halves = [[p for p in b.tensors if (p.grad is None) == absent] for b in mixed for absent in (True, False)]
+        kept = [b for b in self.buffers if b not in mixed]
+        new = [*halves, *choose.parts(fresh, self.state, self.rule, compile=self.compile)]
+        self._partition(kept + [self._buffer(part) for part in new])
+        return [b for b in self.buffers if b.tensors[0].grad is not None]
 
-    def _by_hand(self, grads: list[Tensor]) -> native.Passes | None:
-        """The passes of a step by hand, of which the first is taken; None where these chunks have none."""
-        chunks = self.root.chunks
-        if self._native is None or not chunks or not all("lr" in chunk.tangents for chunk in chunks):
-            return None
-        key = tuple(chunk.serial for chunk in chunks)
-        passes = self._passes.get(key)
-        if passes is None or not passes.stand():
-            functions = native.load(self._native.path)
-            if functions is None:
-                self._native = None
-                return None
-            if len(self._passes) >= FEW:
-                self._passes.clear()
-            passes = self._passes[key] = native.Passes(functions, self._native, self.root, chunks)
-        return passes if passes.look(grads) else None
+    def finite(self) -> Tensor:
+        """1. if the gradients of this group are finite."""
+        return self.body.finite(self._gs)
 
+    @torch.no_grad()
     def hold_out(self, grads: Mapping[Tensor, Tensor | None], key: str) -> None:
         """Keep the hypergradients of another loss for the next step, added to those that are kept already.
 
@@ -210,78 +213,63 @@ class Group:
         """
         kept = self.tower.get("held_out")
         shares = [kept] if kept else []
-        for chunk in self.chunks:
-            found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in chunk.tensors]
-            g = chunk.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
-            shares.append(hypergradients.share(self.root, chunk, g, key))
-        self.tower["held_out"] = hypergradients.combine(self.root, shares)
+        for buffer in self.buffers:
+            found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in buffer.tensors]
+            g = buffer.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
+            buffer.gather()
+            shares.append(self.body.hypergradient.of(buffer, g, key))
+        self.tower["held_out"] = self.body.hypergradient.combined(shares)
 
-    def step(self, ok: Tensor | None, every: int, directions: Mapping[Tensor, Tensor] | None = None) -> None:
+    def step(self, ok: Tensor | None, every: int) -> None:
         """Step the tower, with the gradients that `collect` found.
 
         Args:
-            ok: 1. where the step counts; None where these gradients alone decide it.
+            ok: 1. where the step counts as far as the other groups are concerned; None where there are none.
             every: the levels above 0 step on every `every`-th call.
-            directions: for a black box, the displacement of each parameter at lr = 1, downwards.
         """
         self.tower["calls"] += 1
-        chunks = [] if self.passes else self.root.chunks
-        for chunk in chunks:
-            chunk.gather()
-        steps = None if directions is None else [c.side_by_side([directions[p] for p in c.tensors]) for c in chunks]
         learn, q = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
-        gs, self._gs = self._gs, []  # not kept: the next backward pass wants their memory
-        self._stepper(gs, ok, tuple(sorted(self.watched)), learn, q, steps, self.passes)
-        for chunk in chunks:
-            chunk.scatter()
-        self.versions = {name: value._version for name, value in self.live.items()}
+        gs, self._gs = self._gs, []  # not kept: the next backward pass needs their memory
+        self._step(gs, self.one if ok is None else ok.to(self.one), q, learn)
+        self.body.finish()
+        for name, value in self.live.items():
+            self.versions[name] = value._version
+
+    def average(self, p: Tensor) -> Tensor | None:
+        """The weights to evaluate a parameter with, where those are not its own."""
+        record, name = self.state.get(p, {}), self.rule.average
+        if not name or "t" not in record:
+            return None
+        return record[name] if name in record else recovered(self.rule, p.detach(), record)
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""
-        for name in self.names:
-            mine, value = self.live[name], self.group[name]
+        for name, mine in self.live.items():
+            value = self.group[name]
             if value is mine and mine._version == self.versions[name]:
                 continue
-            if name != "lr":
-                self.root.kernel = None  # made for values that were known
             if value is not mine:
                 mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
                 self.group[name] = mine
-            # A number outside the domain raises in `check`; a tensor that holds one is not looked at, and ignored.
-            low, high = self.spec.domain(name).bounds()
-            valid = (mine >= low) & (mine <= high) & mine.isfinite()
-            mine.copy_(torch.where(valid, mine, self.last[name]))
-            self.watched.add(name)
-            self.tower["watched"] = sorted(self.watched)
-            self.root.complements[name] = complement(mine)
-            if name != "lr":
-                self._passes.clear()
+            self._changed(name)
             if name in self.zeros and bool(mine != 0):
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.
-                self.zeros.remove(name)
-                self.rule = self.root.rule = tree.with_zeros(self.spec.rule, self.zeros)
-                self.root.strategy = tree.strategy(self.spec, self.rule, 0)
-                self._prepare()
-                for chunk in self.chunks:
-                    chunk.extend(self.rule)
+                self._build()
+
+    def _changed(self, name: str) -> None:
+        """A value may have been assigned."""
+        self.hypers.notice(name)
+        self.tower["watched"] = list(self.hypers.watched)
+        if name != "lr":
+            self.body.changed()
+        if name == "beta1":
+            for buffer in self.buffers:
+                buffer.store_average()
+
+    def _tangents(self) -> int:
+        """How many tangents there are."""
+        return sum(len(z) for node in self.nodes.values() for buffer in node.body.buffers for z in buffer.tangents.values())
 
     def saves(self) -> bool:
         """Whether everything this tower needs to go on is held in tensors."""
-        return not any(isinstance(node.strategy, Graph) and node.strategy.outputs for node in self.nodes.values())
-
-    def _parts(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Parameters that can be stepped as one: of one device, dtype and step count, with the same things kept for each."""
-        parts: dict[Any, list[Tensor]] = {}
-        few = self.compile and sum(p.numel() >= LARGE_FUSED for p in params) < step.WHOLE
-        for p in params:
-            record = self.state[p]
-            key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
-            large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
-            if p.numel() >= large or not self.rule.elementwise:
-                key = (*key, p)
-            part = parts.setdefault(key, [])
-            if part and sum(q.numel() for q in part) + p.numel() > step.CAPACITY:
-                yield parts.pop(key)
-                part = parts.setdefault(key, [])
-            part.append(p)
-        yield from (part for part in parts.values() if part)
+        return not any(isinstance(node.body, Graph) and node.body.outputs for node in self.nodes.values())

@@ -1,6 +1,6 @@
 """`HyperOptimizer`: a bound tower with the face of torch.optim."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import adopt, checkpoint, guards
+from . import adopt, checkpoint
 from .group import Group
 from .rule import check
 from .rules.black_box import BlackBox
@@ -137,19 +137,28 @@ class HyperOptimizer(Optimizer):
         bound = self._groups()
         for group in bound:
             group.check()
-        groups = [group for group in bound if group.collect()]
-        if not groups:
+        if self.driven is not None:
+            self._drive(bound)
             return
-        ok = directions = None
-        if len(groups) > 1 or self.driven is not None:
-            ok = guards.finite([total for group in groups for total in group.totals()], groups[0].root.resets)
-        if self.driven is not None and ok is not None:
-            # The one wait for the device: the other optimizer must not see a gradient that is not finite.
-            zeros = {p: torch.zeros_like(p) for group in groups for p in group.params}
-            directions = {**zeros, **self.driven.directions()} if bool(ok) else zeros
-            ok = ok * guards.finite([move.sum() for move in directions.values()], ok)
+        groups = [group for group in bound if group.collect()]
+        ok = None if len(groups) < 2 else _every(group.finite() for group in groups)
         for group in groups:
-            group.step(ok, self.hyper_every, directions)
+            group.step(ok, self.hyper_every)
+
+    def _drive(self, bound: list[Group]) -> None:
+        """A step whose directions another optimizer makes."""
+        grads = [p.grad for group in bound for p in group.params if p.grad is not None]
+        if not grads:
+            return
+        # The one wait for the device: the other optimizer must not see a gradient that is not finite.
+        finite = all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
+        directions = {p: torch.zeros_like(p) for group in bound for p in group.params}
+        directions |= self.driven.directions() if finite and self.driven is not None else {}
+        groups = [group for group in bound if group.collect(directions)]
+        ok = _every(group.finite() for group in groups) * float(finite)
+        ok = ok * float(all(bool(d.sum().isfinite()) for d in directions.values()))
+        for group in groups:
+            group.step(ok, self.hyper_every)
 
     def hyper_backward(self, loss: Tensor) -> None:
         """Let the next step learn its hyperparameters from this loss, on held-out data say, and not from the training loss.
@@ -205,8 +214,8 @@ class HyperOptimizer(Optimizer):
             RuntimeError: a step inside; the optimizer saved, loaded, copied or pickled inside, as the model beside it would have other
                 weights than it goes on from.
         """
-        names = {p: group.rule.average for group in self._groups() for p in group.params}
-        pairs = [(p, self.state[p][name]) for p, name in names.items() if name and name in self.state.get(p, {})]
+        found = [(p, group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
+        pairs = [(p, average) for p, average in found if average is not None]
         if self._averaged or not pairs:
             yield
             return
@@ -223,7 +232,7 @@ class HyperOptimizer(Optimizer):
 
     def hyperparameters(self) -> dict[str, Tensor]:
         """Every hyperparameter of every level, learned or held, by "<level>.<name>"; detached copies, no host sync."""
-        return self._named(lambda node: node.live)
+        return self._named(lambda node: {name: h.value for name, h in node.hypers.own.items()})
 
     def hypergradients(self) -> dict[str, Tensor]:
         """The hypergradient of every learned hyperparameter in raw space, as of the last step; detached copies, no host sync."""
@@ -322,3 +331,11 @@ class HyperOptimizer(Optimizer):
             for label, node in sorted(group.nodes.items()):
                 out |= {f"{label}.{name}{suffix}": value.detach().clone() for name, value in of(node).items()}
         return out
+
+
+def _every(numbers: Iterable[Tensor]) -> Tensor:
+    """The product of 0-d tensors, which may be on several devices."""
+    first, *rest = numbers
+    for number in rest:
+        first = first * number.to(first)
+    return first

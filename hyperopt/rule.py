@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,25 +16,6 @@ from torch import Tensor
 from .domains import Domain
 
 State = dict[str, Tensor]
-# kernel(move, g, state, t, skip) adds −d to `move` and writes the state in place, but does nothing where the 0-d `skip` is 1.
-Kernel = Callable[[Tensor, Tensor, State, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Native:
-    """A hand-made step of a rule on a CPU, for lr alone learned: two passes over the weights, as `native.Passes` calls them.
-
-    Args:
-        path: C++ with the functions `look` and `take`, which rules/adam.cpp explains.
-        state: the names of the state that they read, in their order.
-        complements: the names of the held hyperparameters whose 1 − value they read.
-        values: the names of those that they read after them.
-    """
-
-    path: Path
-    state: tuple[str, ...]
-    complements: tuple[str, ...]
-    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,128 +31,107 @@ def hyper(default: float, domain: Domain, *, above: float | None = None) -> Any:
     """Declare a hyperparameter as a dataclass field of a rule.
 
     Args:
-        default: its value where the user gives none.
-        domain: the set in which it lives.
-        above: the default above level 0, where the rule moves raw hyperparameters and not weights (`default` if None).
+        default: the value if the user gives none.
+        domain: the set in which the hyperparameter lives, and the space in which it is learned.
+        above: the default above level 0, where the rule moves raw hyperparameters and not weights; `default` if None.
     """
     declared = Declared(default, domain, default if above is None else above)
     return field(default=default, metadata={"hyper": declared})
 
 
 class Values:
-    """The hyperparameters of one update as attributes, and their complements without cancellation."""
+    """The hyperparameters of one update as attributes, and 1 − value without cancellation.
 
-    def __init__(self, value: Callable[[str], Tensor], complement: Callable[[str], Tensor]) -> None:
-        self._value = value
+    Args:
+        values: the value of every hyperparameter, by name: 0-d, or one for each coordinate.
+        complement: returns 1 − value of the hyperparameter that it is given by name.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], complement: Callable[[str], Tensor]) -> None:
+        self.__dict__.update(values)
         self._complement = complement
 
     def __getattr__(self, name: str) -> Tensor:
-        # Each is made when the rule first asks for it, and kept.
-        value = self.__dict__[name] = self._value(name)
-        return value
+        known = ", ".join(key for key in self.__dict__ if not key.startswith("_"))
+        raise AttributeError(f"this rule declares no hyperparameter {name!r}: it has {known}")
 
     def one_minus(self, name: str) -> Tensor:
         """1 − value, exact also where the value is within rounding of 1."""
-        key = "1 - " + name
-        if key not in self.__dict__:
-            self.__dict__[key] = self._complement(name)
-        return self.__dict__[key]
+        return self._complement(name)
 
     def one_minus_power(self, name: str, t: Tensor) -> Tensor:
         """1 − value**t, the bias of an exponential average after t steps."""
-        return -torch.expm1(t * torch.log1p(-self.one_minus(name)))
+        return -torch.expm1(t * torch.log1p(-self._complement(name)))
 
 
 @dataclass(frozen=True)
 class Rule(ABC):
     """The mathematics of one optimizer and nothing else.
 
-    A subclass is a frozen dataclass: fields made with `hyper` are hyperparameters, any other field is an option that is
-    fixed for a run (nesterov, decoupled …). A hyperparameter whose value is 0 on the boundary of its domain may be
-    left out of `init` and `update` altogether; the engine asks again if somebody assigns another value.
+    A rule says in which direction a step goes; everything else follows from that:
+
+        g = g + weight_decay·x                                  coupled decay, unless the rule has `decoupled = True`
+        d, s' = direction(g, s, h, t)
+        place = x − lr·(d + weight_decay·x)                     decoupled decay; x, or the state that lr moves
+        x', s' = after(place, s', h, t)                         the identity, unless the rule averages
+
+    A subclass is a frozen dataclass: fields made with `hyper` are hyperparameters, any other field is an option that is fixed for a run
+    (nesterov, decoupled …). A hyperparameter whose value is 0 on the boundary of its domain may be left out of `init` and `direction`
+    altogether: if another value is assigned later, the state is extended.
 
     Raises:
         ValueError: a value outside the closure of its domain.
-        TypeError: a value that is not a number.
+        TypeError: a value that is not a number; a subclass that defines neither `direction` nor `update`.
     """
 
     elementwise: ClassVar[bool] = True  # the update of a coordinate depends on that coordinate alone
-    trust: ClassVar[float] = 0.03  # default at level 0; the flattest of .02 to .1 over initial lrs on MNIST validation data
+    trust: ClassVar[float] = 0.03  # default at level 0; of .02 to .1 the flattest over initial lrs on MNIST validation data
     horizon: ClassVar[float] = 1000.0  # default, for how many past steps hyperparameters are held responsible
-    warm: ClassVar[int] = 1  # the number of steps over which trust grows to its value at level 0
-    first_moment: ClassVar[tuple[str, ...]] = ()  # what makes an average of gradients; with 0 for each there is none
-    moves: ClassVar[str] = "x"  # what lr moves: x, or the state of this name
+    first_moment: ClassVar[tuple[str, ...]] = ()  # the hyperparameters that average gradients; at 0 they do not
+    # What lr moves: x, or the state of this name; x is then lerp(state[moved], state[average], state["mix"]) with a number "mix".
+    moved: ClassVar[str] = "x"
     average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
-    # x as a function of the state that the same step left, where it is one. `update` does not read x then, and at level 0 and horizons
-    # above 1 tangents of x are not kept; the hypergradient of a step is then that of `weights` with the tangent of `average`, where there
-    # is one, in place of that of `moves`.
-    weights: ClassVar[Callable[[State], Tensor] | None] = None
 
     @abstractmethod
     def init(self, x: Tensor) -> State:
-        """The state before the first step: tensors shaped like `x`, by name."""
+        """The state before the first step: tensors shaped like `x`, or 0-d numbers, by name."""
 
-    @abstractmethod
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        """One step: new `x` and new state, in plain differentiable operations, nothing changed in place.
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """The step at lr = 1, to be subtracted, and the new state; it never reads x. Pure, differentiable, nothing in place.
 
         Args:
-            x: the weights (above level 0: raw hyperparameters).
             g: the gradient with respect to x.
             state: as `init` made it.
             h: the hyperparameters.
             t: the number of this step, from 1, a 0-d tensor.
         """
+        raise NotImplementedError(type(self).__name__)
 
-    def kernel(self, h: Mapping[str, float]) -> Kernel | None:
-        """A kernel of torch's own that computes −d and the new state in one pass, for a rule that is linear in lr, if there is one.
-
-        It is used in eager mode in place of a dozen operations of `update`, where lr alone is learned.
+    def after(self, place: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """The new x and the rest of the new state, once that which lr moves has arrived at `place`.
 
         Args:
-            h: the values of all hyperparameters but lr, which are held.
+            place: the new x, or the new value of the state `moved`.
+            state: what `direction` returned; in it, the entries that `direction` does not return are those of the step before.
+            h, t: as in `direction`.
         """
-        return None
-
-    def native(self) -> Native | None:
-        """The hand-made step that `bind(…, compile=True)` takes on a CPU, for a rule that is linear in lr, if there is one."""
-        return None
-
-    def linear_in_lr(self) -> bool:
-        """Whether x' = shrink(h)·x − lr·d(g, state, h) and the state never reads x; ∂x'/∂log lr is then x' − x."""
-        return False
-
-    def late(self) -> tuple[str, ...]:
-        """The hyperparameters that only `follow` reads, lr among them, for a rule whose step is made in two halves."""
-        return ()
-
-    def ahead(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        """The first half of such a step: how far that which lr moves goes at lr = 1, and the new state that lr has no part in."""
-        raise NotImplementedError
-
-    def follow(self, place: Tensor, state: State, h: Values) -> State:
-        """The second half: the rest of the new state, with that which lr moves at `place`; x is the `weights` of it."""
-        raise NotImplementedError
+        return place, state
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         """The diagonal H of a step −lr·H⁻¹·m, up to a common factor: the metric in which weights are projected onto a feasible set.
 
-        Where the step divides by something older (ADOPT by the v before, Adadelta by the s before, RMSprop's momentum by every v
-        so far), H is of the state after the step all the same.
+        Where the step divides by an older quantity (ADOPT by the previous v, Adadelta by the previous s, RMSprop's momentum by every
+        v so far), H is nevertheless that of the state after the step.
 
         Args:
-            state: as `update` left it.
-            h, t: as `update` was given them.
+            state: as `direction` returned it.
+            h, t: as in `direction`.
         """
         return 1.0
 
-    def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        """What the step would have returned had that which lr moves ended at `place`, and not where `x` or `state` has it."""
-        return place, state
-
-    def shrink(self, h: Values) -> Tensor | float:
-        """∂x'/∂x of a rule that is linear in lr: 1, or 1 − lr·weight_decay where the decay is decoupled."""
-        return 1.0
+    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """One step: new x and new state. Written once for all rules; one that overrides it is differentiated as a whole."""
+        return self.after(*self._arrive(x, g, state, h, t), h, t)
 
     @classmethod
     def declared(cls) -> dict[str, Declared]:
@@ -184,10 +143,51 @@ class Rule(ABC):
         return getattr(self, name)
 
     def __post_init__(self) -> None:
+        if not overrides(self, "direction") and not overrides(self, "update"):
+            raise TypeError(f"{type(self).__name__} says nothing about its step: define direction(self, g, state, h, t), or update")
         for name, declared in self.declared().items():
             value = getattr(self, name)
             for number in value.values() if isinstance(value, Mapping) else (value,):
                 check(f"{type(self).__name__}({name})", number, declared.domain)
+
+    def _arrive(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        """Where the step takes that which lr moves, and the state on the way to `after`."""
+        d, own = self.direction(g + self._decay(h, t) * x if self._couples() else g, state, h, t)
+        return state.get(self.moved, x) - h.lr * self._step(x, d, h, t), {**state, **own}
+
+    def _step(self, x: Tensor, d: Tensor, h: Values, t: Tensor) -> Tensor:
+        """The direction with decoupled weight decay."""
+        return d + self._decay(h, t) * x if self._decays() and not self._couples() else d
+
+    def _decays(self) -> bool:
+        return getattr(self, "weight_decay", 0) != 0
+
+    def _couples(self) -> bool:
+        """Whether weight decay is added to the gradient, so that the direction depends on x."""
+        return self._decays() and not getattr(self, "decoupled", False)
+
+    def _decay(self, h: Values, t: Tensor) -> Tensor:
+        return h.weight_decay
+
+
+def interpolated(rule: Rule, state: State) -> Tensor:
+    """x of a rule whose lr moves a state of its own: between that state and its average."""
+    assert rule.average is not None
+    return torch.lerp(state[rule.moved], state[rule.average], state["mix"])
+
+
+def recovered(rule: Rule, x: Tensor, state: State) -> Tensor:
+    """The average of such a rule, from x and the state that lr moves: the inverse of `interpolated`, where "mix" is not below a half.
+
+    Before the first step "mix" is 0 and all three are equal.
+    """
+    place = state[rule.moved]
+    return place + (x - place) / state["mix"].clamp_min(0.5)
+
+
+def overrides(rule: Rule, name: str) -> bool:
+    """Whether the class of a rule defines the method `name` itself."""
+    return getattr(type(rule), name) is not getattr(Rule, name)
 
 
 class Variant(partial[Rule]):

@@ -36,3 +36,10 @@ def mnist():
     from experiments import data
 
     return data.load("mnist")
+
+
+@pytest.fixture
+def operations_of_torch(monkeypatch):
+    """Optimizers bound in this test take their steps in operations of torch, and not in C++ where that is at hand."""
+    monkeypatch.setattr("hyperopt.body.functions.installed", lambda: None)
+    monkeypatch.setattr("hyperopt.body.functions.built", lambda: None)

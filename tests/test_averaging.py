@@ -185,8 +185,8 @@ def test_what_a_large_model_learns_is_summed_over_blocks(per, compile, monkeypat
     """Tangents of y are made block by block."""
     learned = []
     for block in (10, 2**18):
-        monkeypatch.setattr("hyperopt.engine.BLOCK", block)
-        monkeypatch.setattr("hyperopt.group.LARGE", 20)
+        monkeypatch.setattr("hyperopt.body.buffers.BLOCK", block)
+        monkeypatch.setattr("hyperopt.body.choose.LARGE", 20)
         model = net()
         optimizer = Hyper(ScheduleFree(Adam), learn=("lr", "beta1"), per=per).stack(Adam).bind(model.parameters(), compile=compile)
         for at in range(8):

@@ -43,7 +43,7 @@ def test_learning_beta1_beside_lr_does_not_run_away():
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
 def test_learning_both_betas_beside_lr_does_not_run_away(lr):
-    # Without `guards.PACE` the loss from 1e-5 is 400 times as large, with lr at 1e-7.
+    # Without `guards.Pace` the loss from 1e-5 is 400 times as large, with lr at 1e-7.
     loss, learned = regression("Adam(learn=(lr, beta1, beta2)) / Adam", lr, steps=600)
     good, _ = regression("Adam", 0.01, steps=600)
     assert learned > 1e-3

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from hyperopt import SGD, Adam, Hyper, ScheduleFree
-from hyperopt.compiled import Compiled
+from hyperopt.body.compiled import Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 __all__ = ["fresh_compiler"]
@@ -114,9 +114,9 @@ TOWERS = [
 @pytest.mark.usefixtures("generic")
 def test_stage_by_stage(text, monkeypatch):
     """As models with many large tensors are compiled: each stage once for all chunks that look alike."""
-    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
-    monkeypatch.setattr("hyperopt.group.LARGE", 1)
-    monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", 1)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE_FUSED", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=GRAPH))
     eager, fused = (bound(text, compile=c) for c in (False, True))
     train(STEPS, eager, fused)
@@ -130,7 +130,7 @@ def test_stage_by_stage(text, monkeypatch):
 @pytest.mark.usefixtures("generic")
 def test_what_a_compiled_stage_is_given_does_not_share_memory_with_what_it_changes(text, monkeypatch):
     """torch 2.11 finds what it has compiled for arguments that do again for arguments that do not."""
-    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     params, optimizer = bound(text, compile=True)
     node, stage, seen = optimizer._groups()[0].root, Compiled.stage, []
@@ -148,8 +148,8 @@ def test_what_a_compiled_stage_is_given_does_not_share_memory_with_what_it_chang
 
 @pytest.mark.usefixtures("generic")
 def test_chunks_that_look_alike_share_what_is_compiled(monkeypatch):
-    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
-    monkeypatch.setattr("hyperopt.group.LARGE", 1)
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     found = []
     for count in (2, 9):
@@ -166,10 +166,10 @@ def test_chunks_that_look_alike_share_what_is_compiled(monkeypatch):
 def test_block_by_block(text, direct, monkeypatch):
     """As large tensors are stepped eagerly: in blocks, with nothing else than rounding to show for it."""
     if direct:
-        monkeypatch.setattr("hyperopt.group.LARGE", 10)
+        monkeypatch.setattr("hyperopt.body.choose.LARGE", 10)
     at_once = bound(text, compile=False)
     train(STEPS, at_once)
-    monkeypatch.setattr("hyperopt.engine.BLOCK", 8)
+    monkeypatch.setattr("hyperopt.body.buffers.BLOCK", 8)
     blocks = bound(text, compile=False)
     train(STEPS, blocks)
     assert max(len(chunk.parts(chunk.x(), torch.ones(()), clean=True)) for chunk in blocks[1]._groups()[0].chunks) > 4
@@ -180,8 +180,8 @@ def test_block_by_block(text, direct, monkeypatch):
 def test_parameters_of_more_elements_than_are_gathered(large, monkeypatch):
     reference = bound("Adam / Adam", compile=False)
     train(10, reference)
-    monkeypatch.setattr("hyperopt.step.CAPACITY", 20)
-    monkeypatch.setattr("hyperopt.group.LARGE", large)
+    monkeypatch.setattr("hyperopt.body.choose.CAPACITY", 20)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", large)
     other = bound("Adam / Adam", compile=False)
     train(10, other)
     assert [[t.numel() for t in chunk.tensors] for chunk in other[1]._groups()[0].chunks] in ([[35], [7], [21]], [[35], [21], [7]])
@@ -192,7 +192,7 @@ def test_parameters_of_more_elements_than_are_gathered(large, monkeypatch):
 @pytest.mark.parametrize("text", ["Adam / Adam", "Adam(trust=None) / Adam", "AdamW / Adam", "Adam"])
 def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr("hyperopt.engine.BLOCK", 8)
+        monkeypatch.setattr("hyperopt.body.buffers.BLOCK", 8)
     kernel, rule = (bound(text, compile=False) for _ in range(2))
     nodes = rule[1]._groups()[0].nodes.values()
     assert all(node.kernel for node in nodes)
@@ -205,7 +205,7 @@ def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
 @pytest.mark.parametrize("text", ["Adam / Adam", "Adam"])
 @pytest.mark.parametrize("weights", [False, True])
 def test_torchs_kernel_is_left_out_where_memory_lies_otherwise(text, weights, monkeypatch):
-    monkeypatch.setattr("hyperopt.group.LARGE", 10)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", 10)
     pairs = [bound(text, compile=False) for _ in range(2)]
     for params, optimizer in pairs:
         if weights:
@@ -244,7 +244,7 @@ def test_torchs_kernel_with_gradients_that_are_not_finite_or_have_no_square(valu
 @pytest.mark.usefixtures("generic")
 def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
     # What is compiled is found by a key and not by looking at everything that was read, so that keys have to tell all apart.
-    monkeypatch.setattr("hyperopt.step.WHOLE", whole)
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", whole)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     texts = ["Adam / Adam", "Adam(trust=None) / Adam", "Adam(lr=0.01, horizon=1) / SGD", "SGD(lr=0.1) / Adam"]
     pairs = [tuple(bound(text, compile=c) for c in (False, True)) for text in texts]
@@ -256,9 +256,9 @@ def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
 @pytest.mark.parametrize("whole", [3, 0])
 def test_what_changes_between_steps(whole, monkeypatch):
     """Levels above that step now and then, parameters without a gradient, weights and gradients that lie otherwise in memory."""
-    monkeypatch.setattr("hyperopt.step.WHOLE", whole)
-    monkeypatch.setattr("hyperopt.group.LARGE", 1)
-    monkeypatch.setattr("hyperopt.group.LARGE_FUSED", 1)
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", whole)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", 1)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE_FUSED", 1)
     if not whole:  # kernels alone mind how memory lies, and are made for the whole step
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     pairs = []
@@ -287,8 +287,8 @@ def test_what_changes_between_steps(whole, monkeypatch):
 @pytest.mark.parametrize("missing", [(3, 3), (0, 3)], ids=["one chunk less", "another chunk less"])
 def test_stages_are_those_of_as_many_chunks_and_weights(missing, monkeypatch):
     """A parameter that loses its gradient for good, and then another in its place: what is compiled knows how many there are."""
-    monkeypatch.setattr("hyperopt.step.WHOLE", 0)
-    monkeypatch.setattr("hyperopt.group.LARGE", 1)
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     pairs = []
     for c in (False, True):
@@ -352,7 +352,7 @@ def test_a_skipped_step_and_an_assigned_lr_do_not_compile_again():
 
 @pytest.mark.parametrize(("dtype", "right"), [(torch.float64, False), (torch.float32, True)])
 def test_where_torch_compiles_float64_wrongly_it_goes_on_eagerly(dtype, right, monkeypatch):
-    monkeypatch.setattr("hyperopt.compiled.DOUBLES", "99.0")
+    monkeypatch.setattr("hyperopt.body.compiled.DOUBLES", "99.0")
     w = nn.Parameter(torch.ones(3, dtype=dtype))
     with contextlib.nullcontext() if right else pytest.warns(RuntimeWarning, match="loses float64 numbers"):
         optimizer = Hyper(Adam).stack(Adam).bind([w], compile=True)

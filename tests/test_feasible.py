@@ -70,7 +70,7 @@ def nearest(ys, metrics, inside):
 @every_set
 @every_case
 def test_inside_at_every_step(case, inside, monkeypatch):
-    monkeypatch.setattr("hyperopt.group.LARGE", 10)  # the two matrices are chunks of their own
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", 10)  # the two matrices are chunks of their own
     model = net()
     optimizer = Hyper(case.rule, learn=case.learnable, project=inside).stack(Adam).bind(model.parameters())
     assert outside(inside, weights(model)) > 0.1

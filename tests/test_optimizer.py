@@ -1178,7 +1178,7 @@ def test_an_lstm_trains():
 @pytest.mark.parametrize("tower", [ALL, PER_TENSOR, PER_COORDINATE, None], ids=str)
 def test_channels_last_convolutions_keep_their_format_and_equal_contiguous_ones(tower, large, monkeypatch):
     if large:  # these tensors are then stepped as they are, not gathered
-        monkeypatch.setattr("hyperopt.group.LARGE", 10)
+        monkeypatch.setattr("hyperopt.body.choose.LARGE", 10)
     results = []
     for memory_format in (torch.channels_last, torch.contiguous_format):
         torch.manual_seed(0)

@@ -70,7 +70,7 @@ def train(model, optimizer, dtype, steps):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_equal_to_torch(case, dtype, tower, large, monkeypatch):
-    monkeypatch.setattr("hyperopt.group.LARGE", large)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", large)
     start = network(dtype)
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
     assert not ours[0].weight.is_contiguous()

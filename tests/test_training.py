@@ -62,7 +62,7 @@ def test_accumulated_gradients_equal_one_large_batch(tower):
 @pytest.mark.parametrize("maximize", [False, True])
 @every_tower
 def test_gradients_of_the_caller_are_untouched(tower, maximize, large, monkeypatch):
-    monkeypatch.setattr("hyperopt.group.LARGE", large)
+    monkeypatch.setattr("hyperopt.body.choose.LARGE", large)
     model = mlp()
     optimizer = tower._but(maximize=maximize).bind(model.parameters())
     for bad in (False, False, True, False):

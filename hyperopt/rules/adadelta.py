@@ -11,7 +11,7 @@ from ..rule import Rule, State, Values, hyper, root, square
 
 @dataclass(frozen=True)
 class Adadelta(Rule):
-    """Steps in the units of x, from the running sizes of past steps and gradients, as `torch.optim.Adadelta`.
+    """Steps in the units of x, from running mean squares of steps and gradients, equal to `torch.optim.Adadelta`.
 
         g = g + weight_decay·x
         v = rho·v + (1 − rho)·g²
@@ -20,10 +20,10 @@ class Adadelta(Rule):
         x = x − lr·d
 
     Args:
-        lr: factor of the step, default 1.0 (above level 0: the same, in raw space); the paper has none.
-        rho: decay of both averages, in [0, 1], default 0.9.
-        eps: added under the roots, where torch has it, default 1e-6; the first steps are proportional to its root.
-        weight_decay: coupled (L2), at least 0, default 0.
+        lr: factor of the step, at least 0, default 1.0; the paper has none.
+        rho: decay rate of both averages, in [0, 1], default 0.9.
+        eps: added under the roots, as in torch, at least 0, default 1e-6; the first steps are proportional to √eps.
+        weight_decay: coupled weight decay (L2 penalty), at least 0, default 0.
 
     Raises:
         ValueError: a value outside its domain.
@@ -43,16 +43,10 @@ class Adadelta(Rule):
     def init(self, x: Tensor) -> State:
         return {"v": x.new_zeros(x.shape), "s": x.new_zeros(x.shape)}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        if self.weight_decay != 0:
-            g = g + h.weight_decay * x
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         v = torch.lerp(state["v"], square(g), h.one_minus("rho"))
         d = root(state["s"] + h.eps) / root(v + h.eps) * g
-        s = torch.lerp(state["s"], square(d), h.one_minus("rho"))
-        return x - h.lr * d, {"v": v, "s": s}
+        return d, {"v": v, "s": torch.lerp(state["s"], square(d), h.one_minus("rho"))}
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return root(state["v"] + h.eps) / root(state["s"] + h.eps)
-
-    def linear_in_lr(self) -> bool:
-        return self.weight_decay == 0

@@ -1,6 +1,7 @@
 """Adamax."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..rule import Rule, State, Values, hyper
 
 @dataclass(frozen=True)
 class Adamax(Rule):
-    """Adam with a decaying maximum in place of the second moment, as `torch.optim.Adamax`.
+    """Adam with the infinity norm in place of the second moment, equal to `torch.optim.Adamax`.
 
         g = g + weight_decay·x
         m = beta1·m + (1 − beta1)·g
@@ -19,11 +20,11 @@ class Adamax(Rule):
         x = x − lr·m̂ / u,                   m̂ = m / (1 − beta1^t)
 
     Args:
-        lr: step size, default 2e-3 (above level 0: 0.1, in raw space).
-        beta1: decay of the moment, in [0, 1), default 0.9.
-        beta2: decay of the maximum, in [0, 1], default 0.999; it has a gradient where the old maximum is the larger.
-        eps: added to |g|, where torch has it, default 1e-8; it has a gradient where |g| is the larger.
-        weight_decay: coupled (L2), at least 0, default 0.
+        lr: learning rate, at least 0, default 2e-3; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1: decay rate of the first moment, in [0, 1), default 0.9.
+        beta2: decay rate of the maximum, in [0, 1], default 0.999; its gradient is nonzero where the decayed maximum is the larger.
+        eps: added to |g|, as in torch, at least 0, default 1e-8; its gradient is nonzero where |g| + eps is the larger.
+        weight_decay: coupled weight decay (L2 penalty), at least 0, default 0.
 
     Raises:
         ValueError: a value outside its domain, or a beta1 of 1.
@@ -40,6 +41,7 @@ class Adamax(Rule):
     beta2: float = hyper(0.999, UnitInterval())
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,20 +49,15 @@ class Adamax(Rule):
             raise ValueError("Adamax(beta1 = 1) divides by 1 - beta1^t = 0: give a beta1 below 1")
 
     def init(self, x: Tensor) -> State:
-        return {"m": x.new_zeros(x.shape), "u": x.new_zeros(x.shape)}
+        return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["u"]}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        if self.weight_decay != 0:
-            g = g + h.weight_decay * x
-        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        u = torch.maximum(h.beta2 * state["u"], g.abs() + h.eps)
-        step = h.lr / h.one_minus_power("beta1", t)
-        new = {"m": m, "u": u}
-        return x - step * m / self.metric(new, h, t), new
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        m, new = g, {"u": torch.maximum(h.beta2 * state["u"], g.abs() + h.eps)}
+        if self.beta1 != 0:
+            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = new["m"] / h.one_minus_power("beta1", t)
+        return m / self.metric(new, h, t), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
-        # u is 0 only where eps is: no gradient yet, and m is 0 as well.
+        # u is 0 only where eps is 0 and no gradient has arrived yet; m is 0 there as well.
         return state["u"].clamp_min(torch.finfo(state["u"].dtype).tiny)
-
-    def linear_in_lr(self) -> bool:
-        return self.weight_decay == 0

@@ -1,6 +1,7 @@
 """Adan."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,22 +14,23 @@ from ..rule import Rule, State, Values, hyper, root, square
 class Adan(Rule):
     """Adaptive Nesterov momentum from differences of gradients, with decoupled weight decay.
 
-        d = g − g_{t−1},   0 at the first step
+        d = g − g_{t−1}                     (first step: 0)
         m = beta1·m + (1 − beta1)·g
         v = beta2·v + (1 − beta2)·d
         n = beta3·n + (1 − beta3)·(g + beta2·d)²
         x = x − lr·weight_decay·x
         x = x − lr·(m̂ + beta2·v̂) / (√n̂ + eps)
 
-    with m̂ = m / (1 − beta1^t) and so on. The betas are those of the authors' code, 1 − β in the paper. The decay is that of the
-    code's no_prox=True: the proximal one divides by 1 + lr·weight_decay, and a step that is not linear in lr cannot be held by trust.
+    with m̂ = m / (1 − beta1^t), v̂ and n̂ likewise. The betas are those of the authors' code, which are 1 − β in the paper. Weight decay is
+    that of no_prox=True in the code: the proximal form divides by 1 + lr·weight_decay, which makes the step nonlinear in lr, and the trust
+    ratio bounds linear steps only.
 
     Args:
-        lr: step size, default 1e-3 (above level 0: 0.1, in raw space).
-        beta1, beta2, beta3: decays of the gradient, its difference and the square, in [0, 1), default 0.98, 0.92, 0.99.
-        eps: added to the root, default 1e-8.
-        weight_decay: decoupled, at least 0, default 0.
-        bias_correction: divide the averages by 1 − beta^t, as the authors' code does.
+        lr: learning rate, at least 0, default 1e-3; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1, beta2, beta3: decay rates of m, v and n, in [0, 1), default 0.98, 0.92 and 0.99.
+        eps: added to the root after bias correction, at least 0, default 1e-8.
+        weight_decay: decoupled weight decay, at least 0, default 0.
+        bias_correction: divide the averages by 1 − beta^t as in the authors' code, default True.
 
     Raises:
         ValueError: a value outside its domain, or a beta of 1 with bias correction.
@@ -47,6 +49,8 @@ class Adan(Rule):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     bias_correction: bool = True
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
+    decoupled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,24 +58,22 @@ class Adan(Rule):
             raise ValueError("Adan(beta = 1) divides by 1 - beta^t = 0: give betas below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
-        return {name: x.new_zeros(x.shape) for name in ("m", "v", "n", "g")}
+        names = ["m"] * (self.beta1 != 0) + ["v"] * (self.beta2 != 0) + ["n"] + ["g"] * (self.beta2 != 0)
+        return {name: x.new_zeros(x.shape) for name in names}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        d = torch.where(t == 1, 0.0, g - state["g"])
-        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        v = torch.lerp(state["v"], d, h.one_minus("beta2"))
-        n = torch.lerp(state["n"], square(g + h.beta2 * d), h.one_minus("beta3"))
-        look, step, new = h.beta2, h.lr, {"m": m, "v": v, "n": n, "g": g}
-        if self.bias_correction:
-            bias1, bias2 = h.one_minus_power("beta1", t), h.one_minus_power("beta2", t)
-            look, step = h.beta2 * bias1 / bias2, h.lr * h.one_minus_power("beta3", t).sqrt() / bias1
-        return x * self.shrink(h) - step * (m + look * v) / self.metric(new, h, t), new
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        m, ahead, new = g, g, {}
+        if self.beta1 != 0:
+            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = new["m"] / h.one_minus_power("beta1", t) if self.bias_correction else new["m"]
+        if self.beta2 != 0:
+            change = torch.where(t == 1, 0.0, g - state["g"])
+            ahead = g + h.beta2 * change
+            new |= {"v": torch.lerp(state["v"], change, h.one_minus("beta2")), "g": g}
+            m = m + (h.beta2 / h.one_minus_power("beta2", t) if self.bias_correction else h.beta2) * new["v"]
+        new["n"] = torch.lerp(state["n"], square(ahead), h.one_minus("beta3"))
+        d = m / self.metric(new, h, t)
+        return d * h.one_minus_power("beta3", t).sqrt() if self.bias_correction else d, new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return root(state["n"]) + (h.eps * h.one_minus_power("beta3", t).sqrt() if self.bias_correction else h.eps)
-
-    def linear_in_lr(self) -> bool:
-        return True
-
-    def shrink(self, h: Values) -> Tensor | float:
-        return 1 - h.lr * h.weight_decay if self.weight_decay != 0 else 1.0

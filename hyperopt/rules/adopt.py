@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,24 +13,25 @@ from ..rule import Rule, State, Values, hyper, root, square
 
 @dataclass(frozen=True)
 class ADOPT(Rule):
-    """Adam that converges for every beta2: the gradient is divided by the second moment of the steps before, then averaged.
+    """Adam that converges for every beta2: the gradient is divided by the previous second moment and averaged afterwards.
 
-        first call: v = g², and nothing else
-        n = g / max(√v, eps)                (clipped: held within ±c,  c = clip·(t − 1)^clip_power)
+        first step: v = g², and nothing else; from then on
+        n = g / max(√v, eps)                (clipped: clamped to ±c,  c = clip·(t − 1)^clip_power)
         x = x − lr·weight_decay·x
         m = beta1·m + (1 − beta1)·n
         x = x − lr·m
         v = beta2·v + (1 − beta2)·g²
 
-    The weights see beta2 one step late: at horizon 1 its hypergradient is 0. eps and the clip have one where they are at work.
+    beta2 affects the weights one step later, so that its hypergradient is 0 at horizon 1. That of eps is nonzero where eps exceeds √v,
+    and those of clip and clip_power where n is clipped.
 
     Args:
-        lr: step size, default 1e-3 (above level 0: 0.1, in raw space).
-        beta1, beta2: decays of the moments, default 0.9 and 0.9999.
-        eps: the least denominator, default 1e-6.
-        clip, clip_power: the bound on n and how it grows, default 1 and 0.25; only if `clipped`.
-        weight_decay: decoupled, at least 0, default 0.
-        clipped: Algorithm 2 of the paper; False is Algorithm 1.
+        lr: learning rate, at least 0, default 1e-3; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1, beta2: decay rates of the first and second moment, in [0, 1], default 0.9 and 0.9999.
+        eps: lower bound of the denominator, at least 0, default 1e-6.
+        clip, clip_power: bound on |n| and the power of t with which it grows, at least 0, default 1 and 0.25; used only if `clipped`.
+        weight_decay: decoupled weight decay, at least 0, default 0.
+        clipped: clip n, default True. Algorithm 1 of the paper does not.
 
     Raises:
         ValueError: a value outside its domain.
@@ -49,24 +51,26 @@ class ADOPT(Rule):
     clip_power: float = hyper(0.25, Positive())
     weight_decay: float = hyper(0.0, Positive())
     clipped: bool = True
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    decoupled: ClassVar[bool] = True
 
     def init(self, x: Tensor) -> State:
-        return {"m": x.new_zeros(x.shape), "v": x.new_zeros(x.shape)}
+        return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"]}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         first, v, u = t == 1, state["v"], square(g)
-        # Over an infinite denominator n is 0 at the first call, and so are its derivatives.
-        n = g / torch.where(first, math.inf, torch.maximum(root(v), h.eps))
+        new = {"v": torch.where(first, u, torch.lerp(v, u, h.one_minus("beta2")))}
+        # An infinite denominator makes n 0 at the first call, and its derivatives too.
+        d = g / torch.where(first, math.inf, torch.maximum(root(v), h.eps))
         if self.clipped:
             c = h.clip * (t - 1).clamp_min(1).pow(h.clip_power)
-            n = n.clamp(-c, c)
-        m = torch.lerp(state["m"], n, h.one_minus("beta1"))
-        if self.weight_decay != 0:
-            x = x * torch.where(first, 1.0, 1 - h.lr * h.weight_decay)
-        return x - h.lr * m, {"m": m, "v": torch.where(first, u, torch.lerp(v, u, h.one_minus("beta2")))}
+            d = d.clamp(-c, c)
+        if self.beta1 != 0:
+            d = new["m"] = torch.lerp(state["m"], d, h.one_minus("beta1"))
+        return d, new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return torch.maximum(root(state["v"]), h.eps)
 
-    def linear_in_lr(self) -> bool:
-        return self.weight_decay == 0  # there is no decay at the first call, so ∂x'/∂x depends on t
+    def _decay(self, h: Values, t: Tensor) -> Tensor:
+        return torch.where(t == 1, 0.0, h.weight_decay)  # the first call sets v and leaves x as it is

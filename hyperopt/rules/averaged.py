@@ -1,4 +1,4 @@
-"""An exponential average of the weights beside any rule."""
+"""An exponential average of the weights, kept beside any rule."""
 
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -7,29 +7,30 @@ import torch
 from torch import Tensor
 
 from ..domains import UnitInterval
-from ..rule import Rule, State, Values, hyper
+from ..rule import Rule, State, Values, hyper, overrides
 from .composition import Composed, compose
 
 
 def Averaged(base: Any, *, decay: float | None = None) -> Any:
-    """The rule `base`, and beside it an average of the weights that it passes through, to evaluate with.
+    """The rule `base` with an exponential moving average of the weights to evaluate with.
 
-        x' = base(x)
-        a = decay·a + (1 − decay)·x',      divided by 1 − decay^t: the average is of x₁ … x_t, not of the initial weights
+        x = base(x)
+        a = decay·a + (1 − decay)·x,        â = a / (1 − decay^t)
 
-    Training is that of `base`, which never sees the average: the gradient of the training loss says nothing about `decay`.
-    Its hypergradient is 0 and it stays what it is, unless it comes from gradients taken at the averaged weights, by
-    `optimizer.hyper_backward(loss)` under `with optimizer.averaged():`. Evaluate there too.
+    The correction makes â an average of the weights after steps 1 to t, without the initial ones. Training is exactly that of `base`,
+    which never reads the average. The gradient of the training loss therefore does not depend on `decay`: its hypergradient is 0, unless
+    it comes from gradients taken at the average, by `optimizer.hyper_backward(loss)` under `with optimizer.averaged():`. Evaluate under
+    this context too.
 
     Args:
-        base: a rule that does not average by itself; its class.
-        decay: in [0, 1), for each step, default 0.98 (an average over the last 50 steps; 1 − 1/k is one over k steps).
+        base: the class of a rule that does not average by itself, or a variant of one.
+        decay: decay of the average at each step, in [0, 1), default 0.98, which averages over about 50 steps (1 − 1/k: over k).
 
     Raises:
-        TypeError: what is no rule, or averages already.
-        ValueError: a decay outside [0, 1).
+        TypeError: `base` is not a rule's class, or averages by itself.
+        ValueError: a decay outside [0, 1), or a value that `base` rejects.
 
-    Source: Polyak and Juditsky 1992; the exponential form with its correction as in Adam.
+    Source: Polyak and Juditsky 1992; exponential, with the bias correction of Adam.
 
     >>> from hyperopt import Adam, Averaged, Hyper
     >>> Hyper(Averaged(Adam, decay=0.9)).stack(Adam)
@@ -44,15 +45,16 @@ def _averaged(base: Any) -> type[Rule]:
     plain = base() if callable(base) else None
     if isinstance(plain, Rule) and plain.average:
         raise TypeError(f"Averaged takes a rule that does not average by itself, got {type(plain).__name__}")
-    made = compose(_Averaged, _averaged, base, also=[("decay", hyper(0.98, UnitInterval()))])
-    plain = base()
-    for name in ("elementwise", "trust", "warm", "first_moment", "moves"):
-        setattr(made, name, getattr(plain, name))
+    inherited = ("elementwise", "trust", "horizon", "first_moment", "moved", "decoupled")
+    made = compose(_Averaged, _averaged, base, also=[("decay", hyper(0.98, UnitInterval()))], inherited=inherited)
+    if isinstance(plain, Rule) and overrides(plain, "update"):
+        setattr(made, "update", _update)  # noqa: B010 - `update` is not a field
     return made
 
 
 class _Averaged(Composed):
     average: ClassVar[str] = "average"
+    own: ClassVar[tuple[str, ...]] = ("average",)
     if TYPE_CHECKING:
         decay: float
 
@@ -60,21 +62,18 @@ class _Averaged(Composed):
         super().__post_init__()
         if self.decay == 1:
             raise ValueError(f"{type(self).__name__}(decay = 1) divides by 1 - decay^t = 0: give a decay below 1")
-        self.inner  # noqa: B018 - raises what `base` refuses
 
     def init(self, x: Tensor) -> State:
         return {**self.inner.init(x), "average": x.clone()}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        own = {key: state[key] for key in state if key != "average"}
-        x1, own = self.inner.update(x, g, own, h, t)
-        return x1, {**own, "average": torch.lerp(state["average"], x1, self._share(h, t))}
+    def after(self, place: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        x, after = self.inner.after(place, state, h, t)
+        share = h.one_minus("decay") / h.one_minus_power("decay", t)
+        return x, {**after, "average": torch.lerp(state["average"], x, share)}
 
-    def ended_at(self, place: Tensor, x: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        return place, {**state, "average": state["average"] + self._share(h, t) * (place - x)}
 
-    def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
-        return self.inner.metric(state, h, t)
-
-    def _share(self, h: Values, t: Tensor) -> Tensor:
-        return h.one_minus("decay") / h.one_minus_power("decay", t)
+def _update(self: _Averaged, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+    """The step over a rule that defines `update` and not `direction`."""
+    x, own = self.inner.update(x, g, {key: value for key, value in state.items() if key not in self.own}, h, t)
+    share = h.one_minus("decay") / h.one_minus_power("decay", t)
+    return x, {**own, "average": torch.lerp(state["average"], x, share)}

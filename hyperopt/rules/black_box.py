@@ -1,4 +1,4 @@
-"""An optimizer for which there is no rule: followed by how far it moves the weights."""
+"""An optimizer that is not a rule, observed by the displacement of the weights."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from ..rule import Rule, State, Values, hyper
 
 @dataclass(frozen=True)
 class BlackBox(Rule):
-    """The step of any other optimizer, with its lr learned: what `Hyper(torch.optim.Muon(…))` becomes.
+    """The step of any other optimizer with a learned lr: what `Hyper(torch.optim.Muon(…))` becomes.
 
-        x = x − lr·d,      d = (x − x₁)/lr₁:  the other optimizer takes x to x₁ with its own lr₁, which stays as it is
+        x = x − lr·d,      d = (x − x₁)/lr₁,  where one step of the other optimizer with its own lr₁ leads from x to x₁
 
-    Exact where its displacement is linear in its lr, as that of Muon, Shampoo or an 8-bit Adam; otherwise lr/lr₁ is a factor on
-    the displacement, learned all the same. State, and hyperparameters other than lr, stay with the other optimizer.
+    This is exact for displacements that are linear in lr, such as those of Muon, Shampoo or 8-bit Adam; otherwise lr/lr₁ is a factor
+    on the displacement, which is learned all the same. The other optimizer keeps its state and its hyperparameters, lr₁ included.
 
     Args:
-        lr: step size.
-        optimizer: the name of the other optimizer's class.
+        lr: learning rate, at least 0, default 1e-3.
+        optimizer: the class name of the other optimizer.
     """
 
     lr: float = hyper(1e-3, Positive())
@@ -28,8 +28,6 @@ class BlackBox(Rule):
     def init(self, x: Tensor) -> State:
         return {}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        return x - h.lr * g, {}
-
-    def linear_in_lr(self) -> bool:
-        return True
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        # What arrives as the gradient is already d.
+        return g, {}

@@ -1,11 +1,13 @@
-"""How a rule is made of another rule: what `ScheduleFree` and `Averaged` have in common."""
+"""Rules made from another rule: what `ScheduleFree` and `Averaged` have in common."""
 
 import dataclasses
 from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ..rule import Rule
+from torch import Tensor
+
+from ..rule import Rule, State, Values
 
 
 def compose(
@@ -13,25 +15,30 @@ def compose(
     made_by: Callable[[Any], type[Rule]],
     base: Any,
     *,
+    also: Collection[tuple[str, Any]],
     without: Collection[str] = (),
-    also: Collection[tuple[str, Any]] = (),
+    off: Collection[str] = (),
+    inherited: Collection[str] = ("elementwise",),
 ) -> type[Rule]:
     """The class of rules that are `kind` over `base`.
 
     Args:
-        kind: what the class derives from.
-        made_by: the function of `base` that makes the class, by which a pickle finds it again.
-        base: the class of a rule, or a variant of it.
-        without: fields of `base` that the composition does not have.
-        also: fields that it has beside them.
+        kind: the parent of the new class.
+        made_by: the function that returns this class for `base`; unpickling calls it.
+        base: a rule's class, or a variant of one.
+        also: name and declaration of each hyperparameter that `kind` adds.
+        without: the fields of `base` that the new class does not have.
+        off: the hyperparameters of `base` that are held at 0.
+        inherited: the class attributes that are taken from `base`.
 
     Raises:
-        TypeError: a base that is no rule.
+        TypeError: `base` is not a rule's class.
     """
     plain = base() if callable(base) else None
     if not isinstance(plain, Rule):
         word = kind.__name__.strip("_")
         raise TypeError(f"{word} takes a rule, such as Adam or SGD, by its class, got {base!r}: values go behind it, {word}(Adam)(lr=0.01)")
+    names = [f.name for f in dataclasses.fields(plain)]
     fields: list[Any] = [
         (f.name, f.type, dataclasses.field(default=getattr(plain, f.name), metadata=f.metadata))
         for f in dataclasses.fields(plain)
@@ -39,26 +46,74 @@ def compose(
     ]
     fields += [(name, float, field) for name, field in also]
     name = f"{kind.__name__.strip('_')}({getattr(base, '__name__', type(plain).__name__)})"
-    namespace = {"base": base, "made_by": staticmethod(made_by), "__module__": kind.__module__}
+    namespace = {"base": base, "made_by": staticmethod(made_by), "off": tuple(off), "__module__": kind.__module__}
+    # An option of `base` is a field already, with the same name and default.
+    namespace |= {name: getattr(plain, name) for name in inherited if hasattr(plain, name) and name not in names}
     return dataclasses.make_dataclass(name, fields, bases=(kind,), frozen=True, namespace=namespace)
 
 
 class Composed(Rule):
-    """A rule over another one, `base`, whose hyperparameters are its own too."""
+    """A rule that takes its direction from another rule, `base`, whose hyperparameters are its own too."""
 
     base: ClassVar[Any]
     made_by: ClassVar[Any]
+    off: ClassVar[tuple[str, ...]] = ()  # the hyperparameters of `base` that are 0 here
+    own: ClassVar[tuple[str, ...]] = ()  # the names of the state that `base` does not have
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inner  # noqa: B018 - raises for values that `base` rejects
 
     @cached_property
     def inner(self) -> Rule:
-        """`base` with this rule's values."""
+        """An instance of `base` with the values of this rule, and 0 for what is off."""
         plain = self.base()
-        return dataclasses.replace(plain, **{f.name: getattr(self, f.name) for f in dataclasses.fields(plain) if hasattr(self, f.name)})
+        names = {f.name for f in dataclasses.fields(plain)} & {f.name for f in dataclasses.fields(self)}
+        return dataclasses.replace(plain, **{name: getattr(self, name) for name in names - {*self.off}}, **dict.fromkeys(self.off, 0.0))
+
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        inner = {key: value for key, value in state.items() if key not in self.own}
+        return self.inner.direction(g, inner, self._seen(h), t)
+
+    def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
+        return self.inner.metric(state, self._seen(h), t)
+
+    def _decay(self, h: Values, t: Tensor) -> Tensor:
+        return self.inner._decay(h, t)
+
+    def _seen(self, h: Values) -> Values:
+        """The hyperparameters as `base` reads them."""
+        return Zeroed(h, self.off) if self.off else h
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class was made by a call, and is found again by the same call.
+        # The class comes from a function call, not from a module, so pickle cannot find it by name.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return _again, (self.made_by, self.base, values)
+
+
+class Zeroed(Values):
+    """A view of hyperparameters in which some are 0, whether or not the viewed object has them.
+
+    A rule of the library skips a hyperparameter that is 0; a user's rule may read it nevertheless, and must then not see the
+    composition's own hyperparameter of the same name.
+
+    Args:
+        h: the hyperparameters, `lr` among them.
+        names: those that are 0.
+    """
+
+    def __init__(self, h: Values, names: Collection[str]) -> None:
+        self._h = h
+        self._names = names
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self._h.lr.new_zeros(()) if name in self._names else getattr(self._h, name)
+
+    def one_minus(self, name: str) -> Tensor:
+        return self._h.lr.new_ones(()) if name in self._names else self._h.one_minus(name)
+
+    def one_minus_power(self, name: str, t: Tensor) -> Tensor:
+        return self._h.lr.new_ones(()) if name in self._names else self._h.one_minus_power(name, t)
 
 
 def _again(make: Callable[[Any], type[Rule]], base: Any, values: dict[str, Any]) -> Rule:

@@ -1,6 +1,7 @@
 """The exponent family, and Padam."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,31 +12,32 @@ from ..rule import Rule, State, Values, Variant, hyper, power
 
 @dataclass(frozen=True)
 class Exponent(Rule):
-    """Adam with another exponent than 2: |g|^eta is averaged, and its eta-th root divides.
+    """Adam with an exponent eta in place of 2: the step is divided by the eta-th root of an average of |g|^eta.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
         m = beta1·m + (1 − beta1)·g
         v = beta2·v + (1 − beta2)·|g|^eta
         x = x − lr·m̂ / (v̂^(1/eta) + eps)^(2p),          m̂ = m / (1 − beta1^t),  v̂ = v / (1 − beta2^t)
 
-    eta = 2 and p = 1/2 are Adam; `running_max` replaces v̂ by its maximum over all steps (AMSGrad, with the maximum after
-    the correction); p < 1/2 is Padam, momentum at p = 0. In float32 |g|^eta is held within 1e-38 … 3e38: |g| from 3e-10 to 4e9 at eta = 4.
+    eta = 2 and p = 1/2 give Adam. p < 1/2 gives Padam, and p = 0 SGD with momentum. `running_max` replaces v̂ by its maximum over all
+    steps: AMSGrad, with the maximum taken after bias correction. In float32, |g|^eta is clamped to 1e-38 … 3e38; at eta = 4, |g| thus
+    counts between 3e-10 and 4e9.
 
     Args:
-        lr: step size, default 1e-3 (above level 0: 0.1, in raw space).
-        beta1, beta2: decays of the moments, in [0, 1), default 0.9 and 0.999.
-        eps: added to the root, default 1e-8.
-        eta: the exponent, above 0, default 2.
-        p: how far the step is adaptive, in [0, 1], default 1/2.
-        weight_decay: at least 0, default 0.
-        running_max: divide by the maximum of v̂ over all steps.
-        decoupled: decay the weights themselves instead of adding to the gradient.
-        bias_correction: divide the moments by 1 − beta^t; without it m̂ = m and v̂ = v.
+        lr: learning rate, at least 0, default 1e-3; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1, beta2: decay rates of the first and second moment, in [0, 1), default 0.9 and 0.999.
+        eps: added to the root, at least 0, default 1e-8.
+        eta: exponent, above 0, default 2.
+        p: half the power of the denominator, in [0, 1], default 1/2.
+        weight_decay: weight decay coefficient, at least 0, default 0.
+        running_max: divide by the maximum of v̂ over all steps, default False.
+        decoupled: apply weight decay to the weights and not to the gradient, default False.
+        bias_correction: divide the moments by 1 − beta^t, default True; without it m̂ = m and v̂ = v.
 
     Raises:
         ValueError: a value outside its domain, eta = 0, or a beta of 1 with bias correction.
 
-    Source: a thesis on adaptive learning rates, which leaves open how to choose eta; Chen et al. 2018 (Padam, arXiv 1806.06763).
+    Source: a thesis on adaptive learning rates, which leaves the choice of eta open; Chen et al. 2018 (Padam, arXiv 1806.06763).
 
     >>> from hyperopt import Adam, Exponent, Hyper
     >>> Hyper(Exponent, eta=4, learn=("lr", "eta")).stack(Adam)
@@ -52,6 +54,7 @@ class Exponent(Rule):
     running_max: bool = False
     decoupled: bool = False
     bias_correction: bool = True
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,19 +64,16 @@ class Exponent(Rule):
             raise ValueError("Exponent(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
-        return {name: x.new_zeros(x.shape) for name in ("m", "v", *(["v_max"] if self.running_max else []))}
+        return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"] + ["v_max"] * self.running_max}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        if self.weight_decay != 0 and not self.decoupled:
-            g = g + h.weight_decay * x
-        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        new = {"m": m, "v": torch.lerp(state["v"], power(g.abs(), h.eta), h.one_minus("beta2"))}
-        step = h.lr / h.one_minus_power("beta1", t) if self.bias_correction else h.lr
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        m, new = g, {"v": torch.lerp(state["v"], power(g.abs(), h.eta), h.one_minus("beta2"))}
+        if self.beta1 != 0:
+            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = new["m"] / h.one_minus_power("beta1", t) if self.bias_correction else new["m"]
         if self.running_max:
             new["v_max"] = torch.maximum(state["v_max"], self._corrected(new["v"], h, t))
-        if self.decoupled and self.weight_decay != 0:
-            x = x * self.shrink(h)
-        return x - step * m / self.metric(new, h, t), new
+        return m / self.metric(new, h, t), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         v_hat = state["v_max"] if self.running_max else self._corrected(state["v"], h, t)
@@ -81,12 +81,6 @@ class Exponent(Rule):
 
     def _corrected(self, v: Tensor, h: Values, t: Tensor) -> Tensor:
         return v / h.one_minus_power("beta2", t) if self.bias_correction else v
-
-    def linear_in_lr(self) -> bool:
-        return self.decoupled or self.weight_decay == 0
-
-    def shrink(self, h: Values) -> Tensor | float:
-        return 1 - h.lr * h.weight_decay if self.decoupled and self.weight_decay != 0 else 1.0
 
 
 Padam = Variant(Exponent, lr=0.1, p=0.125, running_max=True, bias_correction=False)

@@ -1,6 +1,7 @@
 """Lion."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,26 +12,26 @@ from ..rule import Rule, State, Values, hyper, square
 
 @dataclass(frozen=True)
 class Lion(Rule):
-    """The sign of an interpolated momentum, with decoupled weight decay.
+    """Steps along the sign of an interpolated momentum, with decoupled weight decay.
 
         c = beta1·m + (1 − beta1)·g
-        x = x − lr·(sign(c) + weight_decay·x)           (eps > 0: c / √(c² + eps²) instead of the sign)
+        x = x − lr·(sign(c) + weight_decay·x)           (eps > 0: c / √(c² + eps²) in place of the sign)
         m = beta2·m + (1 − beta2)·g
 
-    A sign has no derivative, so the betas can be learned only where eps > 0 makes it soft, and beta2 only at a horizon
-    above 1, as the weights see it one step late. Not for level 0 of a noisy model with a large lr: every step has the same size.
+    The derivative of a sign is 0, so the betas can be learned only with eps > 0, which smooths it, and beta2 only at horizons above 1,
+    as it affects the weights one step later. All steps have the same size: noisy gradients need a small lr.
 
     Args:
-        lr: step size, default 1e-4 (above level 0: 0.1, in raw space).
-        beta1: the share of the old momentum in c, default 0.9.
-        beta2: decay of the momentum, default 0.99.
-        eps: softness of the sign, at least 0, default 0, the paper's sign.
-        weight_decay: decoupled, at least 0, default 0.
+        lr: learning rate, at least 0, default 1e-4; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1: weight of the momentum in c, in [0, 1], default 0.9.
+        beta2: decay rate of the momentum, in [0, 1], default 0.99; without effect where beta1 = 0.
+        eps: smoothing of the sign, at least 0, default 0, as in the paper.
+        weight_decay: decoupled weight decay, at least 0, default 0.
 
     Raises:
         ValueError: a value outside its domain.
 
-    Source: Chen et al. 2023 (arXiv 2302.06675); eps is ours.
+    Source: Chen et al. 2023 (arXiv 2302.06675); eps is an addition.
 
     >>> from hyperopt import Hyper, Lion, SGD
     >>> Hyper(Lion, weight_decay=0.1).stack(SGD)
@@ -42,18 +43,15 @@ class Lion(Rule):
     beta2: float = hyper(0.99, UnitInterval())
     eps: float = hyper(0.0, Positive())
     weight_decay: float = hyper(0.0, Positive())
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
+    decoupled: ClassVar[bool] = True
 
     def init(self, x: Tensor) -> State:
-        return {"m": x.new_zeros(x.shape)}
+        return {"m": x.new_zeros(x.shape)} if self.beta1 != 0 else {}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        m = state["m"]
-        c = torch.lerp(m, g, h.one_minus("beta1"))
-        d = c.sign() if self.eps == 0 else c / (square(c) + h.eps**2).sqrt()
-        return x * self.shrink(h) - h.lr * d, {"m": torch.lerp(m, g, h.one_minus("beta2"))}
-
-    def linear_in_lr(self) -> bool:
-        return True
-
-    def shrink(self, h: Values) -> Tensor | float:
-        return 1 - h.lr * h.weight_decay if self.weight_decay != 0 else 1.0
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        c, new = g, {}
+        if self.beta1 != 0:
+            c = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta2"))
+        return c.sign() if self.eps == 0 else c / (square(c) + h.eps**2).sqrt(), new

@@ -1,6 +1,7 @@
 """NAdam."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..rule import Rule, State, Values, hyper, root, square
 
 @dataclass(frozen=True)
 class NAdam(Rule):
-    """Adam with Nesterov's momentum, which warms up, and coupled or decoupled weight decay, as `torch.optim.NAdam`.
+    """Adam with Nesterov momentum that warms up, equal to `torch.optim.NAdam`.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
         m = beta1·m + (1 − beta1)·g
@@ -21,12 +22,12 @@ class NAdam(Rule):
         x = x − lr·m̂ / (√v̂ + eps),          v̂ = v / (1 − beta2^t)
 
     Args:
-        lr: step size, default 2e-3 (above level 0: 0.1, in raw space).
-        beta1, beta2: decays of the moments, in [0, 1), default 0.9 and 0.999.
-        eps: added to the root after the correction, where torch has it, default 1e-8.
-        weight_decay: at least 0, default 0.
-        momentum_decay: how fast μ comes up from beta1/2 to beta1, at least 0, default 4e-3.
-        decoupled: decay the weights themselves instead of adding to the gradient; torch's decoupled_weight_decay.
+        lr: learning rate, at least 0, default 2e-3; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1, beta2: decay rates of the first and second moment, in [0, 1), default 0.9 and 0.999.
+        eps: added to the root after bias correction, as in torch, at least 0, default 1e-8.
+        weight_decay: weight decay coefficient, at least 0, default 0.
+        momentum_decay: rate at which μ rises from beta1/2 to beta1, at least 0, default 4e-3.
+        decoupled: apply weight decay to the weights and not to the gradient, default False (torch: decoupled_weight_decay).
 
     Raises:
         ValueError: a value outside its domain, or a beta of 1.
@@ -45,6 +46,7 @@ class NAdam(Rule):
     weight_decay: float = hyper(0.0, Positive())
     momentum_decay: float = hyper(4e-3, Positive())
     decoupled: bool = False
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,27 +54,20 @@ class NAdam(Rule):
             raise ValueError("NAdam(beta1 or beta2 = 1) never moves or divides by 1 - beta2^t = 0: give a beta below 1")
 
     def init(self, x: Tensor) -> State:
-        # The product has no closed form while beta1 moves; where beta1 has a value per coordinate, so has the product.
-        return {"m": x.new_zeros(x.shape), "v": x.new_zeros(x.shape), "p": x.new_ones(x.shape)}
+        moment = {"m": x.new_zeros(x.shape)} if self.beta1 != 0 else {}
+        # p has no closed form while beta1 changes; where beta1 has a value for each coordinate, p has one too.
+        product = {"p": x.new_ones(x.shape)} if self.beta1 != 0 else {}
+        return {**moment, "v": x.new_zeros(x.shape), **product}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        if self.weight_decay != 0 and not self.decoupled:
-            g = g + h.weight_decay * x
-        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        v = torch.lerp(state["v"], square(g), h.one_minus("beta2"))
-        mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (s * h.momentum_decay)) for s in (t, t + 1))
-        p = state["p"] * mu
-        m_hat = mu_next / (1 - p * mu_next) * m + (1 - mu) / (1 - p) * g
-        new = {"m": m, "v": v, "p": p}
-        if self.decoupled and self.weight_decay != 0:
-            x = x * self.shrink(h)
-        return x - h.lr * m_hat / self.metric(new, h, t), new
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        m_hat, new = g, {"v": torch.lerp(state["v"], square(g), h.one_minus("beta2"))}
+        if self.beta1 != 0:
+            m = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (s * h.momentum_decay)) for s in (t, t + 1))
+            p = state["p"] * mu
+            m_hat = mu_next / (1 - p * mu_next) * m + (1 - mu) / (1 - p) * g
+            new |= {"m": m, "p": p}
+        return m_hat / self.metric(new, h, t), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return root(state["v"]) / h.one_minus_power("beta2", t).sqrt() + h.eps
-
-    def linear_in_lr(self) -> bool:
-        return self.decoupled or self.weight_decay == 0
-
-    def shrink(self, h: Values) -> Tensor | float:
-        return 1 - h.lr * h.weight_decay if self.decoupled and self.weight_decay != 0 else 1.0

@@ -12,21 +12,21 @@ from ..rule import Rule, State, Values, hyper
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """Gradient descent, with heavy-ball or Nesterov momentum, dampening and coupled weight decay, as `torch.optim.SGD`.
+    """Stochastic gradient descent with heavy-ball or Nesterov momentum, equal to `torch.optim.SGD`.
 
         g = g + weight_decay·x
-        b = momentum·b + (1 − dampening)·g  (the first time b = g)
+        b = momentum·b + (1 − dampening)·g  (first step: b = g)
         x = x − lr·b                        (nesterov: x − lr·(g + momentum·b))
 
     Args:
-        lr: step size, default 1e-3, as in torch (above level 0: 1.0, in raw space).
-        momentum: in [0, 1), default 0, which keeps no buffer.
-        dampening: the part of later gradients that is left out of the buffer, in [0, 1], default 0.
-        weight_decay: coupled (L2), at least 0, default 0.
-        nesterov: look ahead; needs momentum, and no dampening.
+        lr: learning rate, at least 0, default 1e-3; 1.0 above level 0, where it moves raw hyperparameters.
+        momentum: momentum factor, in [0, 1], default 0, at which there is no buffer b.
+        dampening: reduces the weight of every gradient in b but the first to 1 − dampening, in [0, 1], default 0.
+        weight_decay: coupled weight decay (L2 penalty), at least 0, default 0.
+        nesterov: Nesterov momentum, default False; needs momentum > 0 and dampening = 0.
 
     Raises:
-        ValueError: a value outside its domain, nesterov without momentum or with dampening.
+        ValueError: a value outside its domain, or nesterov without momentum or with dampening.
 
     Source: Polyak 1964; Nesterov 1983 in the form of Sutskever et al. 2013; torch.optim.SGD.
 
@@ -52,15 +52,9 @@ class SGD(Rule):
     def init(self, x: Tensor) -> State:
         return {"b": x.new_zeros(x.shape)} if self.momentum != 0 else {}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        if self.weight_decay != 0:
-            g = g + h.weight_decay * x
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         if self.momentum == 0:
-            return x - h.lr * g, {}
+            return g, {}
         fresh = g if self.dampening == 0 else torch.where(t == 1, 1.0, h.one_minus("dampening")) * g
         b = h.momentum * state["b"] + fresh
-        d = g + h.momentum * b if self.nesterov else b
-        return x - h.lr * d, {"b": b}
-
-    def linear_in_lr(self) -> bool:
-        return self.weight_decay == 0
+        return g + h.momentum * b if self.nesterov else b, {"b": b}

@@ -1,6 +1,7 @@
 """Yogi."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,18 +12,18 @@ from ..rule import Rule, State, Values, hyper, root, square
 
 @dataclass(frozen=True)
 class Yogi(Rule):
-    """Adam whose second moment changes by (1 − beta2)·g² at most, whatever its size: it grows fast and shrinks slowly.
+    """Adam with a second moment that changes by at most (1 − beta2)·g² at each step: it grows fast and shrinks slowly.
 
         m = beta1·m + (1 − beta1)·g
         v = v − (1 − beta2)·sign(v − g²)·g²
-        x = x − lr·m / (√v + eps)           (bias_correction: m̂ and v̂, as in Adam)
+        x = x − lr·m / (√v + eps)           (bias_correction: m̂ and v̂ as in Adam)
 
     Args:
-        lr: step size, default 1e-2 (above level 0: 0.1, in raw space).
-        beta1, beta2: decays of the moments, in [0, 1), default 0.9 and 0.999.
-        eps: added to the root, default 1e-3.
-        v0: the second moment before the first step, fixed, default 0.
-        bias_correction: divide the moments by 1 − beta^t; the paper does not.
+        lr: learning rate, at least 0, default 1e-2; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1, beta2: decay rates of the first and second moment, in [0, 1), default 0.9 and 0.999.
+        eps: added to the root, after bias correction if there is one, at least 0, default 1e-3.
+        v0: second moment before the first step, at least 0, default 0; an option, which is not learned.
+        bias_correction: divide the moments by 1 − beta^t, default False, as in the paper.
 
     Raises:
         ValueError: a value outside its domain, or a beta of 1 with bias correction.
@@ -40,6 +41,7 @@ class Yogi(Rule):
     eps: float = hyper(1e-3, Positive())
     v0: float = 0.0
     bias_correction: bool = False
+    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,19 +51,18 @@ class Yogi(Rule):
             raise ValueError(f"Yogi(v0 = {self.v0!r}) is a second moment: give a number of at least 0")
 
     def init(self, x: Tensor) -> State:
-        return {"m": x.new_zeros(x.shape), "v": x.new_full(x.shape, self.v0)}
+        moment = {"m": x.new_zeros(x.shape)} if self.beta1 != 0 else {}
+        return {**moment, "v": x.new_full(x.shape, self.v0)}
 
-    def update(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        u = square(g)
-        m = torch.lerp(state["m"], g, h.one_minus("beta1"))
-        v = state["v"] - h.one_minus("beta2") * (state["v"] - u).sign() * u
-        step, new = h.lr, {"m": m, "v": v}
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        u, m = square(g), g
+        new = {"v": state["v"] - h.one_minus("beta2") * (state["v"] - u).sign() * u}
+        if self.beta1 != 0:
+            m = new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
         if self.bias_correction:
-            step = h.lr * h.one_minus_power("beta2", t).sqrt() / h.one_minus_power("beta1", t)
-        return x - step * m / self.metric(new, h, t), new
+            scale = h.one_minus_power("beta2", t).sqrt()
+            m = (scale if self.beta1 == 0 else scale / h.one_minus_power("beta1", t)) * m
+        return m / self.metric(new, h, t), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return root(state["v"]) + (h.eps * h.one_minus_power("beta2", t).sqrt() if self.bias_correction else h.eps)
-
-    def linear_in_lr(self) -> bool:
-        return True

@@ -1,4 +1,4 @@
-"""torch.compile without its guards: what was compiled is found by a key that says all that can change."""
+"""torch.compile without its guards: compiled code is found by a key that says everything that can change."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import Chunk
-from .part import Part
+from .buffers import Buffer
+from .eager import Block
 
 # From which torch on compiled code writes float64 numbers on a CPU: 2.11 loses what is copied into a 0-d tensor, 2.14 does not.
 DOUBLES = "2.14"
@@ -18,13 +18,12 @@ DOUBLES = "2.14"
 class Compiled:
     """Functions fused by torch.compile, from the very same code; eager where no compiler works, after one warning.
 
-    torch.compile looks at everything that the code has read before it runs what it has compiled, which takes as long as a small
-    model's whole step. Nothing of that can change here but what a key says, so that nothing is looked at: what was compiled is found
-    by its key alone.
+    Dynamo's guards take as long as a small model's whole step. Nothing can change here but what the key says, so guards are dropped and
+    compiled code is found by its key alone.
     """
 
     def __init__(self) -> None:
-        # Imported here, since they take a second that users who do not compile need not wait.
+        # Imported here, since these modules take a second to import.
         from torch._dynamo import config
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import InductorError
@@ -43,15 +42,15 @@ class Compiled:
         """
         if not self.works:
             return function(*args)
-        key = key, torch.get_num_threads()  # which is a constant in compiled code
+        key = key, torch.get_num_threads()  # the number of threads is a constant in compiled code
         fused = self.fused.get(key)
         try:
             if fused is not None:
                 return fused(*args)
-            # Loops of a thousand elements are not worth waking a second thread for; a high tower's numbers are one kernel, not a few.
+            # Loops of a thousand elements are not worth waking a second thread for; the numbers of a high tower are one kernel, not a few.
             options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192, "max_fusion_size": 1024}
             fused = torch.compile(_alone(function), fullgraph=True, options=options)
-            # A function that has other shapes than one of its name before is compiled for these. dynamic=False would say so in every call.
+            # A function called with other shapes than one of the same name before is compiled for these. dynamic=False would warn each time.
             with self.config.patch(automatic_dynamic_shapes=False):
                 found = fused(*args)
             self.fused[key] = fused
@@ -63,12 +62,12 @@ class Compiled:
             return function(*args)
 
     def stage(self, also: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """One stage of a step: fused once for all chunks that look alike, as many large ones in one piece would take minutes."""
+        """One stage of a step, compiled once for all buffers that look alike: many large ones in one piece would take minutes."""
         return self((also, function.__name__, *(_shape(a) for a in args)), function, *args)
 
 
 def is_right(params: Sequence[Tensor]) -> bool:
-    """Whether this torch compiles a step of these parameters rightly; warns where it does not."""
+    """Whether this torch compiles a step of these parameters correctly; warns where it does not."""
     right = torch.__version__ >= DOUBLES or not any(p.dtype == torch.float64 and p.device.type == "cpu" for p in params)
     if not right:
         warnings.warn(
@@ -87,9 +86,9 @@ def _shape(argument: Any) -> Any:
         return tuple(_shape(a) for a in argument)
     if isinstance(argument, dict):
         return tuple((key, _shape(a)) for key, a in argument.items())
-    if isinstance(argument, Part):
-        return _shape([argument.x, argument.g]), argument.chunk.layout()
-    return argument.layout() if isinstance(argument, Chunk) else argument
+    if isinstance(argument, Block):
+        return _shape([argument.x, argument.g, argument.made]), argument.buffer.layout()
+    return argument.layout() if isinstance(argument, Buffer) else argument
 
 
 def _none(guards: Sequence[Any]) -> list[bool]:

@@ -1,0 +1,125 @@
+"""Which body a node has, which tensors are stepped as one, and how a step is run: chosen once, when a tower is bound."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..feasible import Feasible
+from ..hyperparameter import Hyperparameters
+from ..rule import Rule
+from ..tangents import Raw, Tangents
+from . import functions
+from .buffers import Buffer, Record
+from .compiled import Compiled
+from .eager import Eager, call
+from .graph import Graph
+from .kernels import kernel
+from .native import Native, serves
+from .step import EAGER, STAGES, WHOLE
+
+# Elements from which on a tensor is stepped in place: gathering then costs more than one more round of kernels. A few fused rounds are
+# cheap, and half of what one core has gathered has to travel to the other.
+LARGE, LARGE_FUSED, LARGE_LAUNCHED = 2**17, 2**16, 2**18
+CAPACITY = 2**22  # elements gathered into one buffer at most
+# Buffers up to which a step is compiled in one piece: 12 take half a minute, and the intermediates of all of them are in memory at once.
+PIECES = 3
+
+
+def body(
+    level: int,
+    rule: Rule,
+    hypers: Hyperparameters,
+    tangents: Tangents,
+    *,
+    trust: float | None,
+    feasible: Feasible | None,
+    graph: bool,
+    params: Sequence[Tensor],
+    compile: bool,
+) -> Eager:
+    """The body of a node.
+
+    Args:
+        level, rule, hypers, tangents, trust, feasible: as for `Eager`.
+        graph: keep the autograd graph of the last update, as the paper does.
+        params: the weights that the node moves, at level 0.
+        compile: the tower's steps are compiled.
+    """
+    arguments = level, rule, hypers, tangents, trust, feasible
+    if graph:
+        return Graph(*arguments)
+    if level == 0 and serves(rule, hypers, tangents, feasible, params):
+        passes = functions.built() if compile else functions.installed()
+        if passes is not None:
+            return Native(*arguments, passes, compiled=compile)
+    own = hypers.own
+    held = all(name == "lr" or not hyperparameter.learned for name, hyperparameter in own.items())
+    made = None
+    if held and not compile:
+        values, rests = ({n: h.value for n, h in own.items() if n != "lr"}, {n: h.rest for n, h in own.items() if n != "lr"})
+        made = kernel(rule, values, rests)
+    return Eager(*arguments, kernel=made, compiled=compile)
+
+
+def parts(params: Sequence[Tensor], state: Mapping[Tensor, Record], rule: Rule, *, compile: bool) -> Iterator[list[Tensor]]:
+    """Parameters that can be stepped as one: of one device, dtype and step count, with the same things kept for each."""
+    found: dict[Any, list[Tensor]] = {}
+    few = compile and sum(p.numel() >= LARGE_FUSED for p in params) < PIECES
+    for p in params:
+        record = state[p]
+        key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
+        large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
+        if p.numel() >= large or not rule.elementwise:
+            key = (*key, p)
+        part = found.setdefault(key, [])
+        if part and sum(q.numel() for q in part) + p.numel() > CAPACITY:
+            yield found.pop(key)
+            part = found.setdefault(key, [])
+        part.append(p)
+    yield from (part for part in found.values() if part)
+
+
+class Runner:
+    """Runs the steps of a tower that is compiled: in one piece or stage by stage once they have settled.
+
+    Tangents appear step by step, as a level takes part once the one below has a hypergradient. Each change of structure would be compiled
+    for nothing: a step is compiled when one of its kind has added nothing.
+
+    Args:
+        step: of level 0.
+        body: of level 0.
+        tangents: counts the tangents that there are at all levels.
+    """
+
+    def __init__(self, step: Callable[..., None], body: Eager, tangents: Callable[[], int]) -> None:
+        self.step, self.body, self.tangents = step, body, tangents
+        self.compiled = Compiled()
+        self.settled: dict[Any, int] = {}  # kinds of steps that add no tangents where there are this many
+
+    def __call__(self, gs: list[Tensor], ok: Tensor, q: Raw | None, learn: bool) -> None:
+        """Take a step."""
+        buffers = self.body.buffers
+        numel = sum(buffer.numel for buffer in buffers)
+        native = not gs
+        whole = native or (len(buffers) <= PIECES and numel <= CAPACITY)
+        kind = self.body.kind(), self.body.hypers.watched, learn, q is None, len(buffers), numel
+        if whole and not native:
+            kind = *kind, *(_memory(buffer, g) for buffer, g in zip(buffers, gs, strict=True))
+        before = self.tangents()
+        fused = self.settled.get(kind) == before
+        if fused and whole:
+            self.body.arrange(WHOLE)
+            self.compiled(kind, self.step, gs, ok, q, learn)
+            return
+        self.body.arrange(*((STAGES, partial(self.compiled.stage, kind)) if fused else (EAGER, call)))
+        self.step(gs, ok, q, learn)
+        after = self.tangents()
+        if after == before:
+            self.settled[kind] = after
+
+
+def _memory(buffer: Buffer, g: Tensor) -> Any:
+    """Which buffer this is, and how tensors that it does not own lie in memory."""
+    return buffer.serial, buffer.direct and (buffer.x().stride(), buffer.x().dtype, g.stride())

@@ -1,0 +1,83 @@
+"""The two passes of passes.cpp as ctypes functions: built with the package where it was installed, or compiled when first wanted."""
+
+import ctypes
+from enum import IntEnum
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch  # noqa: F401 - before the passes are loaded, so that they find torch's OpenMP and do not start threads of their own
+
+SOURCE = Path(__file__).with_name("passes.cpp")
+BLOCK = 2**13  # elements of a tensor that a thread handles at a time; few enough to share 100,000 out evenly
+# After torch's own flags: it compiles its kernels without vectorising loops, without FMA, and with the errno of every root.
+FLAGS = ("-O3", "-fno-math-errno", "-ftree-loop-vectorize", "-ffp-contract=fast")
+
+
+class Column(IntEnum):
+    """What the table of pointers holds for each tensor, column by column; null where a rule has no such thing."""
+
+    X = 0  # weights
+    G = 1  # gradient
+    D = 2  # the direction at lr = 1; null: Adam's, made of the next two
+    M = 3  # first moment
+    V = 4  # second moment
+    PLACE = 5  # what lr moves where that is not x: ScheduleFree's z
+    AVERAGE = 6  # ScheduleFree's or Averaged's; null under ScheduleFree: x and z say what it is
+    ZX = 7  # tangent of what lr moves along log lr; null: nothing is learned
+    ZA = 8  # tangent of the average
+    T = 9  # steps taken, one number a chunk, as what follows
+    WEIGHT = 10  # ScheduleFree's Σlr²
+    ZWEIGHT = 11  # its tangent
+    MIX = 12  # ScheduleFree's beta1 of the step before
+
+
+class Value(IntEnum):
+    """The hyperparameters, each a number of its own; null where a rule has no such thing."""
+
+    REST1 = 0  # 1 − beta1
+    REST2 = 1  # 1 − beta2
+    EPS = 2
+    WEIGHT_DECAY = 3  # decoupled
+    BETA = 4  # ScheduleFree's beta1
+    REST_DECAY = 5  # 1 − decay of Averaged
+
+
+@cache
+def installed() -> ctypes.CDLL | None:
+    """The passes that were built with the package; None where they were not, or where another CPU was meant."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = SOURCE.with_name(f"_passes{suffix}")
+        if path.exists():
+            try:
+                functions = _declared(ctypes.CDLL(str(path)))
+            except (OSError, AttributeError):
+                continue
+            if functions.usable():
+                return functions
+    return None
+
+
+@cache
+def built() -> ctypes.CDLL | None:
+    """`installed()`, or the passes compiled now as torch.compile compiles its own kernels; None where no compiler works."""
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    if functions := installed():
+        return functions
+    try:
+        functions = _declared(CppCodeCache.load(SOURCE.read_text(encoding="utf-8"), extra_flags=FLAGS))
+    except (CppCompileError, InvalidCxxCompiler, OSError):
+        return None
+    return functions if functions.usable() else None
+
+
+def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    table = [number, pointer, number, pointer, pointer]  # blocks, block, count, tensors, values
+    functions.look.argtypes = [number, number, *table, pointer, pointer]
+    functions.take.argtypes = [number, *table, number, pointer, pointer, pointer, pointer]
+    functions.look.restype = functions.take.restype = None
+    functions.usable.argtypes, functions.usable.restype = [], ctypes.c_int
+    return functions

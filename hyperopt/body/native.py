@@ -1,0 +1,282 @@
+"""The body of a node in two hand-written C++ passes over the weights, where they lie in memory."""
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..feasible import Feasible
+from ..guards import FLOOR, Size, is_finite
+from ..hyperparameter import Hyperparameters
+from ..rule import Rule, State, overrides
+from ..rules.averaged import _Averaged
+from ..rules.schedule_free import _ScheduleFree
+from ..tangents import Raw, Tangents
+from .arithmetic import Selected
+from .buffers import Buffer
+from .eager import Eager
+from .functions import BLOCK, Column, Value
+from .kernels import textbook
+
+SETS = 8  # sets of parameters that have a gradient together, of which the tables of pointers are kept
+# Elements up to which directions that are not computed in C++ are kept from the first pass to the second, with the new state beside them.
+GIVEN = 2**22
+
+
+class Native(Eager):
+    """The passes of passes.cpp, for every rule of which lr alone is learned, or nothing, and does not enter the direction.
+
+    The first pass runs in `begin` and the second in `finish`, so that what lies between them is numbers, which can be compiled. A step for
+    which memory does not lie as it has to is taken by the eager body.
+
+    Args:
+        level, rule, hypers, tangents, trust, feasible, compiled: as for `Eager`.
+        functions: of passes.cpp.
+    """
+
+    def __init__(
+        self,
+        level: int,
+        rule: Rule,
+        hypers: Hyperparameters,
+        tangents: Tangents,
+        trust: float | None,
+        feasible: Feasible | None,
+        functions: ctypes.CDLL,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(level, rule, hypers, tangents, trust, feasible, compiled=compiled)
+        self.functions = functions
+        self.adam = textbook(_inner(rule))  # the direction is computed in C++
+        self.kept: dict[Any, Passes] = {}
+        self.passes: Passes | None = None  # of this step
+        self.fresh = False
+        self.sums = torch.zeros(4, dtype=torch.float32, device="cpu")
+        self.orders = torch.zeros(3, dtype=torch.float32, device="cpu")
+
+    def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
+        """Take the first pass."""
+        self.passes = None if maximize else self._passes()
+        if self.passes is not None and self.passes.look(grads, directions, self):
+            return []
+        self.passes = None
+        return super().begin(grads, directions, maximize=maximize)
+
+    def kind(self) -> Any:
+        """As in `Eager`."""
+        return super().kind() if self.passes is None else ("native", self.fresh)
+
+    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | float, Raw]:
+        """As in `Eager`."""
+        if self.passes is None:
+            return super().pull(gs, wanted)
+        total, q, _, _ = self.sums.clone().unbind()
+        return is_finite(total), {"lr": q} if wanted and not self.fresh and self.tangents.names else {}
+
+    def measure(self, r: Raw, ok: Tensor) -> Size | None:
+        """As in `Eager`."""
+        if self.passes is None:
+            return super().measure(r, ok)
+        if not self.projects:
+            return None
+        place, move = self.sums[2:].sqrt().unbind()
+        numel = sum(buffer.numel for buffer in self.buffers)
+        return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(FLOOR * max(1, numel) ** 0.5), self.steps())
+
+    def take(self, r: Raw, sound: dict[str, Tensor], keep: Tensor, ok: Tensor) -> None:
+        """As in `Eager`: say what the second pass is to do."""
+        if self.passes is None:
+            super().take(r, sound, keep, ok)
+            return
+        lr = self.hypers["lr"].at(r["lr"]) if r else self.hypers["lr"].value
+        keep = keep * self.tangents.gamma
+        self.orders.copy_(torch.stack([ok, lr, keep * sound["lr"] if sound else keep]))
+
+    def finish(self) -> None:
+        """Take the second pass."""
+        if self.passes is None:
+            super().finish()
+        else:
+            self.passes.take(self)
+
+    def changed(self) -> None:
+        """As in `Eager`."""
+        super().changed()
+        self.kept.clear()
+
+    def _passes(self) -> "Passes | None":
+        """The tables for the buffers of this step; None where directions would take too much memory."""
+        if not self.adam and sum(buffer.numel for buffer in self.buffers) > GIVEN:
+            return None
+        self.fresh = bool(self.tangents.names) and not self.ready()
+        for buffer in self.buffers if self.tangents.names else ():
+            for of, like in self._tangents(buffer):
+                buffer.tangent("lr", of, like)
+        key = tuple(buffer.serial for buffer in self.buffers)
+        passes = self.kept.get(key)
+        if passes is None or not passes.pointers_valid():
+            if len(self.kept) >= SETS:
+                self.kept.clear()
+            passes = self.kept[key] = Passes(self)
+        return passes
+
+    def _tangents(self, buffer: Buffer) -> list[tuple[str, Tensor]]:
+        """What has a tangent of lr, and what it looks like."""
+        if self.block.implied:
+            return [(self.rule.moved, buffer.x()), (str(self.rule.average), buffer.x()), ("weight", buffer.t)]
+        return [("x", buffer.x()), *([(self.rule.average, buffer.x())] if self.rule.average else [])]
+
+
+class Passes:
+    """The two passes over the weights of these buffers.
+
+    Args:
+        body: whose buffers they are.
+    """
+
+    def __init__(self, body: Native) -> None:
+        self.functions, self.buffers, self.adam = body.functions, list(body.buffers), body.adam
+        self.tensors = [t for buffer in self.buffers for t in buffer.tensors]
+        self.sizes = [t.numel() for t in self.tensors]
+        self.strides = [stride for buffer in self.buffers for stride in buffer.strides]
+        self.given: list[tuple[Tensor, State]] = []  # direction and new state of each buffer, where they are not computed in C++
+        count = self.count = len(self.tensors)
+        self.columns = [_columns(body, buffer) for buffer in self.buffers]
+        self.values = _values(body)
+        self.contiguous = all(kept.is_contiguous() for columns in self.columns for kept in columns.values())
+        self.kept = [kept for columns in self.columns for kept in columns.values()] + [v for v in self.values if v is not None]
+        self.places = self._places()
+        self.pointers = (ctypes.c_void_p * (len(Column) * count))()
+        at = 0
+        for buffer, columns in zip(self.buffers, self.columns, strict=True):
+            ends = list(itertools.accumulate((4 * t.numel() for t in buffer.tensors), initial=0))
+            for i in range(len(buffer.tensors)):
+                for column, kept in columns.items():
+                    self.pointers[column * count + at + i] = kept.data_ptr() + (0 if column >= Column.T else ends[i])
+            at += len(buffer.tensors)
+        self.numbers = (ctypes.c_void_p * len(Value))(*(None if v is None else v.data_ptr() for v in self.values))
+        blocks = [(i, start, min(BLOCK, size - start)) for i, size in enumerate(self.sizes) for start in range(0, size, BLOCK)]
+        # Not of the dtype and on the device that a user may have made the default.
+        self.blocks = torch.tensor(blocks, dtype=torch.int64, device="cpu")
+        self.heads = torch.tensor(
+            list(itertools.accumulate((len(b.tensors) for b in self.buffers[:-1]), initial=0)), dtype=torch.int64, device="cpu"
+        )
+        self.partial = torch.empty(4 * len(blocks), dtype=torch.float64, device="cpu")
+        table = len(blocks), self.blocks.data_ptr(), count, ctypes.addressof(self.pointers), ctypes.addressof(self.numbers)
+        results = self.partial.data_ptr(), body.sums.data_ptr()
+        self.look_at = int(body.projects), *table, *results
+        self.take_at = *table, len(self.heads), self.heads.data_ptr(), body.orders.data_ptr(), *results
+
+    def pointers_valid(self) -> bool:
+        """Whether state and hyperparameters are where they were: sharing a tensor with another process moves its storage."""
+        return self.places == self._places()
+
+    def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Native) -> bool:
+        """Put Σg, Σg·Z, and where trust needs them ‖x‖² and ‖step‖² at lr = 1 into `sums`; False where memory does not lie as it must."""
+        gs = [g for each in grads for g in each]
+        for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
+            same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
+            lies = (t.stride() == stride or _lies(t, stride)) and (g.stride() == stride or _lies(g, stride))
+            if not (same and lies and type(g) is Tensor and not g.is_neg()):
+                return False
+        x_pointers, g_pointers = [t.data_ptr() for t in self.tensors], [g.data_ptr() for g in gs]
+        if not (self.contiguous and all(x_pointers) and all(g_pointers)) or len(set(x_pointers)) < len(x_pointers):
+            return False  # what is empty, all zeros without memory, or two parameters in one
+        self.pointers[: 2 * self.count] = x_pointers + g_pointers
+        if not self.adam:
+            self._give(grads, directions, body)
+        self.functions.look(torch.get_num_threads(), *self.look_at)
+        return True
+
+    def take(self, body: Native) -> None:
+        """Take the step that `orders` say: whether it counts, lr, and the factor on tangents; the gradients are those of `look`."""
+        self.functions.take(torch.get_num_threads(), *self.take_at)
+        torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
+        for buffer, (_, own) in zip(self.buffers, self.given, strict=False):
+            for key, new in own.items():
+                Selected.write(buffer.state[key], new, body.orders[0])
+        self.given = []
+
+    def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Native) -> None:
+        """Compute the directions in operations of torch."""
+        h = body.hypers.values({})
+        pointers: list[int] = []
+        for i, buffer in enumerate(self.buffers):
+            if directions is not None:
+                d, own = buffer.side_by_side(directions[i]), {}
+            else:
+                d, own = body.rule.direction(buffer.gradient(grads[i], maximize=False), buffer.state, h, buffer.t + 1)
+            if not (d.is_contiguous() and d.dtype == torch.float32):
+                d = d.to(torch.float32).contiguous()
+            self.given.append((d, own))
+            ends = itertools.accumulate((4 * t.numel() for t in buffer.tensors[:-1]), initial=0)
+            pointers += [d.data_ptr() + end for end in ends]
+        self.pointers[Column.D * self.count : (Column.D + 1) * self.count] = pointers
+
+    def _places(self) -> list[int]:
+        return [kept.data_ptr() for kept in self.kept]
+
+
+def serves(rule: Rule, hypers: Hyperparameters, tangents: Tangents, feasible: Feasible | None, tensors: Sequence[Tensor]) -> bool:
+    """Whether the passes serve a rule, with what is learned of it, and these weights: on a CPU, in float32."""
+    follows = not overrides(rule, "after")
+    if not follows and type(rule).after in (_ScheduleFree.after, _Averaged.after):
+        follows = not overrides(_inner(rule), "after") and tangents.gamma > 0
+    decay = not rule._decays() or (not rule._couples() and not overrides(_inner(rule), "_decay"))
+    mine = tangents.fixed and (tangents.alone or not tangents.names) and not overrides(rule, "update") and feasible is None
+    single = "lr" in hypers.own and not any(hyperparameter.value.dim() for hyperparameter in hypers.own.values())
+    numbers = hypers.like.is_cpu and hypers.like.dtype == torch.float32
+    return follows and decay and mine and single and numbers and all(_plain(t) for t in tensors)
+
+
+def _plain(t: Tensor) -> bool:
+    return type(t.data) is Tensor and t.is_cpu and t.dtype == torch.float32
+
+
+def _inner(rule: Rule) -> Rule:
+    """The rule that gives the direction of an average."""
+    return rule.inner if isinstance(rule, (_ScheduleFree, _Averaged)) else rule
+
+
+def _columns(body: Native, buffer: Buffer) -> dict[Column, Tensor]:
+    """What passes.cpp reads and writes of a buffer, beside weights, gradient and direction."""
+    rule, state = body.rule, buffer.state
+    found = {Column.M: state.get("m"), Column.V: state.get("v")} if body.adam else {}
+    if isinstance(rule, _ScheduleFree):
+        found |= {Column.PLACE: state["z"], Column.WEIGHT: state["weight"], Column.MIX: state["mix"]}
+    if rule.average:
+        found[Column.AVERAGE] = state.get(rule.average)
+    if body.tangents.names:
+        z = buffer.tangents["lr"]
+        found |= {Column.ZX: z[rule.moved], Column.ZA: z.get(str(rule.average)), Column.ZWEIGHT: z.get("weight")}
+    found[Column.T] = buffer.t
+    return {column: kept for column, kept in found.items() if kept is not None}
+
+
+def _values(body: Native) -> list[Tensor | None]:
+    """The hyperparameters that passes.cpp reads."""
+    own, rule = body.hypers.own, body.rule
+    values: list[Tensor | None] = [None] * len(Value)
+    if body.adam:
+        first = _inner(rule).value("beta1") != 0
+        values[Value.REST1] = own["beta1"].rest if first else None
+        values[Value.REST2], values[Value.EPS] = own["beta2"].rest, own["eps"].value
+    if rule._decays():
+        values[Value.WEIGHT_DECAY] = own["weight_decay"].value
+    if isinstance(rule, _ScheduleFree):
+        values[Value.BETA] = own["beta1"].value
+    if isinstance(rule, _Averaged):
+        values[Value.REST_DECAY] = own["decay"].rest
+    return values
+
+
+def _lies(tensor: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether the elements of a tensor follow each other as the buffer has them. A stride along a single element says nothing."""
+    mine = tensor.stride()
+    return mine == stride or (
+        len(mine) == len(stride) and all(a == b or n == 1 for a, b, n in zip(mine, stride, tensor.shape, strict=True))
+    )

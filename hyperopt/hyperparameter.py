@@ -1,0 +1,152 @@
+"""A hyperparameter, and those of one node: value, raw value, 1 − value, what a user assigned, publication."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .domains import Domain, complement
+from .rule import Values
+
+Raw = dict[str, Tensor]
+
+
+class Assignment(NamedTuple):
+    """What a user may have assigned since the last step, as far as it can be known without reading the value on the host."""
+
+    changed: Tensor  # whether a value was assigned
+    boundary: Tensor  # whether it lies outside the open domain: it is used for this step, the raw value stays
+    value: Tensor
+    shift: Tensor  # what the round trip through the raw value loses, so that exactly `value` is used
+
+
+class Hyperparameter:
+    """One hyperparameter of a node.
+
+    Args:
+        domain: the space in which it is learned.
+        value: the published value, which users read and may assign to.
+        learned: whether a node above learns it.
+        last_value: the value that was published last; None above level 0, where nobody assigns.
+    """
+
+    def __init__(self, domain: Domain, value: Tensor, *, learned: bool, last_value: Tensor | None = None) -> None:
+        self.domain, self.value, self.learned, self.last_value = domain, value, learned, last_value
+        self.rest = complement(value)  # 1 − value, while it is held
+        self.assignment: Assignment | None = None
+
+    def at(self, raw: Tensor) -> Tensor:
+        """The value at `raw`; the one that was assigned, if the step is the first one after that."""
+        value = self.domain.value(raw)
+        if self.assignment is None:
+            return value
+        return torch.where(self.assignment.boundary, self.assignment.value, value + self.assignment.shift)
+
+    def rest_at(self, raw: Tensor) -> Tensor:
+        """1 − value at `raw`."""
+        return self.domain.complement(raw) if self.assignment is None else complement(self.at(raw))
+
+    def assigned(self, raw: Tensor) -> Tensor:
+        """The raw value of this step: that of an assigned value, or else the one that the level above chose."""
+        assert self.last_value is not None
+        value = self.value.clone()
+        low, high = self.domain.bounds()
+        changed = value != self.last_value
+        inside = changed & (value > low) & (value < high)
+        taken = self.domain.raw(torch.where(inside, value, self.domain.value(raw))).clamp(*self.domain.raw_limits(raw.dtype))
+        shift = torch.where(inside, value - self.domain.value(taken), torch.zeros_like(raw))
+        self.assignment = Assignment(changed, changed & ~inside, value, shift)
+        return torch.where(inside, taken, raw)
+
+    def notice(self) -> None:
+        """A user may have written the value: what lies outside the domain is ignored, as nobody waits to look at it."""
+        low, high = self.domain.bounds()
+        valid = (self.value >= low) & (self.value <= high) & self.value.isfinite()
+        assert self.last_value is not None
+        self.value.copy_(torch.where(valid, self.value, self.last_value))
+        self.rest = complement(self.value)
+
+
+class Hyperparameters:
+    """The hyperparameters of one node, by name.
+
+    Args:
+        own: each of them.
+        above: for each node above, the names of the hyperparameters that it learns and the vector of their raw values, side by side.
+        constant: give held values to the rule as constants; for compiled code, in which an argument is slow.
+    """
+
+    def __init__(self, own: dict[str, Hyperparameter], above: Sequence[tuple[tuple[str, ...], Tensor]], *, constant: bool = False) -> None:
+        self.own, self.above = own, above
+        self.like = next(iter(own.values())).value if own else torch.zeros(())
+        self.sizes = {names: [own[name].value.numel() for name in names] for names, _ in above}
+        held = {name: h for name, h in own.items() if constant and not h.learned and not h.value.dim()}
+        self.constants = {name: (float(h.value), float(h.rest)) for name, h in held.items()}
+        self._held: Values | None = None  # at the top nothing changes from step to step
+        self.watched: tuple[str, ...] = ()  # those that a user has assigned, or may have
+
+    def __getitem__(self, name: str) -> Hyperparameter:
+        return self.own[name]
+
+    def notice(self, name: str) -> None:
+        """A user may have written a value."""
+        self.own[name].notice()
+        self.watched = tuple(sorted({*self.watched, name}))
+
+    def raw(self) -> Raw:
+        """A copy of the raw values of what is learned."""
+        raw: Raw = {}
+        for names, x in self.above:
+            if len(names) == x.numel() and not self.own[names[0]].value.dim():
+                raw.update(zip(names, x.clone().unbind(), strict=True))
+            else:
+                parts = x.clone().split(self.sizes[names])
+                raw.update((name, part.view(self.own[name].value.shape)) for name, part in zip(names, parts, strict=True))
+        return raw
+
+    def assigned(self, r: Raw) -> Raw:
+        """`r`, with what a user assigned since the last step in place of what the level above chose."""
+        for name in r:
+            self.own[name].assignment = None
+        if not self.watched:
+            return r
+        return {name: self.own[name].assigned(raw) if name in self.watched else raw for name, raw in r.items()}
+
+    def values(self, r: Raw, spread: Callable[[str, Tensor], Tensor] | None = None) -> Values:
+        """The hyperparameters as the rule sees them.
+
+        Args:
+            r: the raw values of those that are learned.
+            spread: called with name and value, spreads a value over the coordinates where it differs there.
+        """
+
+        if not r and spread is None and not self.constants:
+            if self._held is None:
+                self._held = Values({name: h.value for name, h in self.own.items()}, lambda name: self.own[name].rest)
+            return self._held
+
+        def rest(name: str) -> Tensor:
+            found = self.own[name].rest_at(r[name]) if name in r else constants[name][1] if name in constants else self.own[name].rest
+            return found if spread is None else spread(name, found)
+
+        constants = {name: tuple(torch.full_like(self.like, v) for v in pair) for name, pair in self.constants.items()}
+        values: dict[str, Tensor] = {}
+        for name, mine in self.own.items():
+            value = mine.at(r[name]) if name in r else constants[name][0] if name in constants else mine.value
+            values[name] = value if spread is None else spread(name, value)
+        return Values(values, rest)
+
+    def publish(self, r: Raw, ok: Tensor) -> None:
+        """Write the raw values that this step used where the nodes above keep them, and the values where users read them."""
+        for names, x in self.above:
+            x.lerp_(torch.cat([r[name].reshape(-1) for name in names]), ok)
+        for name, raw in r.items():
+            mine = self.own[name]
+            mine.value.lerp_(mine.at(raw), ok)
+            if mine.last_value is not None and name not in self.watched:
+                mine.last_value.copy_(mine.value)
+        for name in self.watched:
+            mine = self.own[name]
+            assert mine.last_value is not None
+            mine.last_value.lerp_(mine.value, ok)

@@ -1,0 +1,399 @@
+"""The hand-written passes over the weights against the same step written plainly in float64, differentiated by torch."""
+
+import ctypes
+import itertools
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hyperopt.body import functions
+from hyperopt.body.functions import Column, Value, built, installed
+
+BLOCK = 1500  # more than one piece in a block, more than one block in a tensor
+CHUNKS = [[3, 4001], [1, 1024, 17]]  # sizes; the second chunk has taken seven steps already
+STEPS = 5
+RULES = ["plain", "averaged", "averaged untold", "stored", "recomputed"]
+NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX]
+KEEP = 0.9
+
+pytestmark = [
+    pytest.mark.skipif(built() is None, reason="no compiler"),
+    # The first dual number makes torch import a module that warns of a deprecation of torch's own.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
+]
+
+
+@dataclass
+class Case:
+    """A direction, a rule, whether weights decay, and whether lr is learned; `averaged untold` has no tangent of its average."""
+
+    direction: str
+    rule: str
+    decay: float
+    learned: bool
+
+    def columns(self) -> list[Column]:
+        free, mean = self.rule in ("stored", "recomputed"), self.rule.startswith("averaged")
+        have = {
+            Column.X: True,
+            Column.G: True,
+            Column.D: self.direction == "given",
+            Column.M: self.direction == "momentum",
+            Column.V: self.direction != "given",
+            Column.PLACE: free,
+            Column.AVERAGE: mean or self.rule == "stored",
+            Column.ZX: self.learned,
+            Column.ZA: self.learned and (free or self.rule == "averaged"),
+        }
+        return [column for column, there in have.items() if there]
+
+
+CASES = [
+    Case(*case)
+    for case in itertools.product(["given", "gradient", "momentum"], RULES, [0.0, 0.1], [False, True])
+    if case[1] != "averaged untold" or case[3]
+]
+
+
+def name(case: Case) -> str:
+    return f"{case.direction}-{case.rule.replace(' ', '-')}-{'decay' if case.decay else 'still'}-{'learned' if case.learned else 'fixed'}"
+
+
+def unaligned(size: int) -> Tensor:
+    return torch.zeros(size + 1)[1:]
+
+
+@dataclass
+class Hypers:
+    lr: float
+    beta: float
+    rest1: float = 0.1
+    rest2: float = 0.01
+    eps: float = 1e-3
+    rest_decay: float = 0.3
+
+
+@dataclass
+class Weights:
+    """What the passes are handed: tensors column by column, the numbers of each chunk, and the table of all of them."""
+
+    case: Case
+    chunks: list[list[int]]
+    tensors: dict[Column, list[Tensor]] = field(init=False)
+    numbers: list[dict[Column, Tensor]] = field(init=False)
+    sums: Tensor = field(default_factory=lambda: torch.full((4,), math.nan))
+
+    def __post_init__(self) -> None:
+        sizes = [size for chunk in self.chunks for size in chunk]
+        self.tensors = {column: [unaligned(size) for size in sizes] for column in self.case.columns()}
+        self.numbers = [{column: torch.zeros(()) for column in NUMBERS} for _ in self.chunks]
+        self.heads = torch.tensor([0, *itertools.accumulate(len(chunk) for chunk in self.chunks[:-1])])
+        self.values = [torch.zeros(()) for _ in Value]
+        blocks = [(i, at, min(BLOCK, size - at)) for i, size in enumerate(sizes) for at in range(0, size, BLOCK)]
+        self.blocks = torch.tensor(blocks)
+        self.partial = torch.full((4 * len(blocks),), math.nan, dtype=torch.float64)
+        self.owner = [i for i, chunk in enumerate(self.chunks) for _ in chunk]
+        rows = [[self._pointer(column, i) for i in range(len(sizes))] for column in Column]
+        self.table = (ctypes.c_void_p * (len(Column) * len(sizes)))(*itertools.chain(*rows))
+        self.pointers = (ctypes.c_void_p * len(Value))(*(value.data_ptr() for value in self.values))
+
+    def _pointer(self, column: Column, i: int) -> int | None:
+        if column not in NUMBERS:
+            return self.tensors[column][i].data_ptr() if column in self.tensors else None
+        free = Column.PLACE in self.tensors and (self.case.learned or column != Column.ZWEIGHT)
+        return self.numbers[self.owner[i]][column].data_ptr() if free or column == Column.T else None
+
+    def set(self, h: Hypers) -> None:
+        for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, self.case.decay, h.beta, h.rest_decay], strict=True):
+            value.fill_(number)
+
+    def look(self, measure: int, threads: int = 1) -> list[float]:
+        table = len(self.blocks), self.blocks.data_ptr(), len(self.owner), ctypes.addressof(self.table), ctypes.addressof(self.pointers)
+        passes().look(threads, measure, *table, self.partial.data_ptr(), self.sums.data_ptr())
+        return self.sums.tolist()
+
+    def take(self, ok: float, lr: float, keep: float, threads: int = 1) -> list[float]:
+        table = len(self.blocks), self.blocks.data_ptr(), len(self.owner), ctypes.addressof(self.table), ctypes.addressof(self.pointers)
+        orders, heads = torch.tensor([ok, lr, keep]), self.heads
+        passes().take(threads, *table, len(heads), heads.data_ptr(), orders.data_ptr(), self.partial.data_ptr(), self.sums.data_ptr())
+        return self.sums.tolist()
+
+    def everything(self) -> Iterator[tuple[str, Tensor]]:
+        for column, tensors in self.tensors.items():
+            yield from ((f"{column.name}[{i}]", t) for i, t in enumerate(tensors))
+        for i, numbers in enumerate(self.numbers):
+            yield from ((f"{column.name} of chunk {i}", t) for column, t in numbers.items())
+        yield "sums", self.sums
+
+
+def passes() -> ctypes.CDLL:
+    found = built()
+    assert found is not None
+    return found
+
+
+def started(case: Case, seed: int = 0) -> Weights:
+    """Weights of which the first chunk has taken no step yet and the second has taken seven, with tangents of their own."""
+    made, at = Weights(case, CHUNKS), torch.Generator().manual_seed(seed)
+    for column, tensors in made.tensors.items():
+        for i, t in enumerate(tensors):
+            old = made.owner[i] == 1
+            if column == Column.X or (old and column not in (Column.G, Column.D)):
+                t.copy_(torch.randn(t.shape, generator=at))
+            if column == Column.V:
+                t.square_()
+    last = made.numbers[1]
+    for column, number in {Column.T: 7.0, Column.WEIGHT: 0.02, Column.ZWEIGHT: 0.03, Column.MIX: 0.7}.items():
+        last[column].fill_(number)
+    for i, x in enumerate(made.tensors[Column.X]):
+        averages = made.tensors.get(Column.AVERAGE)
+        if averages and made.owner[i] == 0:
+            averages[i].copy_(x)
+        if Column.PLACE in made.tensors:
+            z = made.tensors[Column.PLACE][i]
+            if made.owner[i] == 0:
+                z.copy_(x)
+            elif averages:
+                x.copy_(torch.lerp(z, averages[i], 0.7))
+    return made
+
+
+def gradients(made: Weights, at: torch.Generator) -> None:
+    for column in (Column.G, Column.D):
+        for t in made.tensors.get(column, []):
+            t.copy_(torch.randn(t.shape, generator=at))
+
+
+class Reference:
+    """One tensor's step in float64, as it is in the books, and its derivative along log lr."""
+
+    def __init__(self, made: Weights, i: int) -> None:
+        self.case, numbers = made.case, made.numbers[made.owner[i]]
+        self.has = {column: tensors[i].double() for column, tensors in made.tensors.items()}
+        self.t, self.weight, self.zweight, self.mix = (numbers[column].double() for column in NUMBERS)
+        self.free = Column.PLACE in self.has
+        x = self.has[Column.X]
+        self.place = self.has.get(Column.PLACE, x)
+        self.average = self.has.get(Column.AVERAGE, x)
+        if self.case.rule == "recomputed" and self.mix != 0:
+            self.average = self.place + (x - self.place) / self.mix
+        zeros = torch.zeros_like(x)
+        self.m, self.v = self.has.get(Column.M, zeros), self.has.get(Column.V, zeros)
+        self.z, self.za = self.has.get(Column.ZX, zeros), self.has.get(Column.ZA, zeros)
+
+    def x(self, place: Tensor, average: Tensor, mix: Tensor | float) -> Tensor:
+        return place + mix * (average - place) if self.free else place
+
+    def direction(self, g: Tensor, d: Tensor | None, h: Hypers) -> tuple[Tensor, Tensor, Tensor]:
+        if d is not None:
+            return d, self.m, self.v
+        t = self.t + 1
+        v = (1 - h.rest2) * self.v + h.rest2 * g**2
+        m = (1 - h.rest1) * self.m + h.rest1 * g if self.case.direction == "momentum" else g
+        m_hat = m / (1 - (1 - h.rest1) ** t) if self.case.direction == "momentum" else g
+        return m_hat / ((v / (1 - (1 - h.rest2) ** t)).sqrt() + h.eps), m, v
+
+    def look(self, g: Tensor, d: Tensor | None, h: Hypers) -> list[Tensor]:
+        s = self.direction(g, d, h)[0] + self.case.decay * self.x(self.place, self.average, self.mix)
+        tangent = self.za if self.free else self.z
+        return [g.sum(), (g * tangent).sum(), (self.place**2).sum(), (s**2).sum()]
+
+    def take(self, g: Tensor, d: Tensor | None, h: Hypers) -> None:
+        d, self.m, self.v = self.direction(g, d, h)
+        t, decay = self.t + 1, 1 - h.rest_decay
+        with forward_ad.dual_level():
+            lr = forward_ad.make_dual(torch.tensor(h.lr).double().log(), torch.ones(()).double()).exp()
+            place, average = forward_ad.make_dual(self.place, KEEP * self.z), forward_ad.make_dual(self.average, KEEP * self.za)
+            weight = forward_ad.make_dual(self.weight, KEEP * self.zweight) + lr**2
+            place = place - lr * (d + self.case.decay * self.x(place, average, self.mix))
+            share = lr**2 / weight if self.free else h.rest_decay / (1 - decay**t)
+            average = average + share * (place - average)
+            (self.place, self.z), (self.average, self.za), (self.weight, self.zweight) = (
+                (dual.primal, dual.tangent) for dual in map(forward_ad.unpack_dual, (place, average, weight))
+            )
+        self.t, self.mix = t, torch.tensor(h.beta).double() if self.free else self.mix
+
+    def compare(self, made: Weights, i: int) -> None:
+        tensors, numbers = made.tensors, made.numbers[made.owner[i]]
+        expected = {
+            Column.X: self.x(self.place, self.average, self.mix),
+            Column.M: self.m,
+            Column.V: self.v,
+            Column.PLACE: self.place,
+            Column.AVERAGE: self.average,
+            Column.ZX: self.z,
+            Column.ZA: self.za,
+        }
+        for column, value in expected.items():
+            if column in tensors:
+                close(tensors[column][i], value, f"{column.name} of tensor {i}")
+        assert numbers[Column.T] == self.t
+        if self.free:
+            close(numbers[Column.WEIGHT], self.weight, "weight")
+            close(numbers[Column.MIX], self.mix, "mix")
+            if self.case.learned:
+                close(numbers[Column.ZWEIGHT], self.zweight, "tangent of weight")
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=5e-6, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_steps_are_those_of_the_books(case: Case) -> None:
+    made, at = started(case), torch.Generator().manual_seed(1)
+    references = [Reference(made, i) for i in range(len(made.owner))]
+    weights = math.nan  # Σplace² as the step before left it
+    for step in range(STEPS):
+        h = Hypers(lr=0.05 / (1 + step), beta=0.9 - 0.1 * step)
+        made.set(h)
+        gradients(made, at)
+        gs = [g.double() for g in made.tensors[Column.G]]
+        ds = [d.double() for d in made.tensors[Column.D]] if Column.D in made.tensors else [None] * len(gs)
+        sums = made.look(1 if step == 0 else 2)
+        sums[2] = sums[2] if step == 0 else weights
+        each = [r.look(g, d, h) for r, g, d in zip(references, gs, ds, strict=True)]
+        expected = [float(sum(column)) for column in zip(*each, strict=True)]
+        expected[1] *= case.learned
+        torch.testing.assert_close(sums, expected, rtol=2e-5, atol=2e-3)
+        for r, g, d in zip(references, gs, ds, strict=True):
+            r.take(g, d, h)
+        weights = made.take(1.0, h.lr, KEEP)[2]
+        for i, r in enumerate(references):
+            r.compare(made, i)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_threads_change_no_bit(case: Case) -> None:
+    one, two = started(case), started(case)
+    for step in range(2):
+        for made, threads in ((one, 1), (two, 2)):
+            made.set(Hypers(lr=0.05, beta=0.9))
+            gradients(made, torch.Generator().manual_seed(step))
+            made.look(1, threads)
+            made.take(1.0, 0.05, KEEP, threads)
+    assert_equal(one, two)
+
+
+@pytest.mark.parametrize("ok", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_a_step_that_does_not_count_changes_no_bit(case: Case, ok: float) -> None:
+    made, same = started(case), started(case)
+    for weights in (made, same):
+        weights.set(Hypers(lr=0.05, beta=0.9))
+        gradients(weights, torch.Generator().manual_seed(1))
+        weights.look(1)
+    made.take(ok, 0.05, KEEP)
+    assert_equal(made, same)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("case", [case for case in CASES if case.learned], ids=name)
+def test_tangents_that_are_not_finite_start_again(case: Case, bad: float) -> None:
+    made, zero = started(case), started(case)
+    for weights, value in ((made, bad), (zero, 0.0)):
+        weights.set(Hypers(lr=0.05, beta=0.9))
+        gradients(weights, torch.Generator().manual_seed(1))
+        for column in (Column.ZX, Column.ZA):
+            for t in weights.tensors.get(column, []):
+                t[::2] = value
+        weights.numbers[1][Column.ZWEIGHT].fill_(value)
+        weights.take(1.0, 0.05, KEEP)
+    if Column.PLACE not in made.tensors:  # its tangent is then nothing that a step knows
+        made.numbers[1][Column.ZWEIGHT].copy_(zero.numbers[1][Column.ZWEIGHT])
+    assert_equal(made, zero)
+
+
+@pytest.mark.parametrize("measure", [0, 1, 2])
+def test_look_is_asked_for_no_more_than_it_does(measure: int) -> None:
+    made = started(Case("momentum", "plain", 0.1, True))
+    made.set(Hypers(lr=0.05, beta=0.9))
+    gradients(made, torch.Generator().manual_seed(1))
+    full, sums = made.look(1), made.look(measure)
+    assert sums[:2] == pytest.approx(full[:2], rel=1e-6)
+    assert sums[2:] == [full[2] if measure == 1 else 0, full[3] if measure else 0]
+
+
+def test_gradients_that_are_not_finite_are_seen() -> None:
+    made = started(Case("momentum", "plain", 0.1, True))
+    made.set(Hypers(lr=0.05, beta=0.9))
+    for bad in (math.nan, math.inf, -math.inf):
+        gradients(made, torch.Generator().manual_seed(1))
+        assert math.isfinite(made.look(2)[0])
+        made.tensors[Column.G][1][2500] = bad
+        assert not math.isfinite(made.look(2)[0])
+
+
+@pytest.mark.parametrize("direction", ["given", "momentum"])
+def test_infinite_weights_do_not_decay_to_nan(direction: str) -> None:
+    made = started(Case(direction, "plain", 0.1, True))
+    made.set(Hypers(lr=0.05, beta=0.9))
+    gradients(made, torch.Generator().manual_seed(1))
+    made.tensors[Column.X][1][7] = math.inf
+    assert math.isfinite(made.look(2)[3])
+    made.take(1.0, 0.05, KEEP)
+    assert made.tensors[Column.X][1][7] == math.inf
+    assert made.tensors[Column.ZX][1].isfinite().all()
+
+
+def test_ends_are_exact() -> None:
+    made = started(Case("momentum", "recomputed", 0.0, True))
+    made.set(Hypers(lr=0.05, beta=1.0, rest1=1.0, rest2=1.0))
+    gradients(made, torch.Generator().manual_seed(1))
+    made.tensors[Column.G][1][5] = 3e38  # whose square is the largest float, not infinity
+    made.take(1.0, 0.05, KEEP)
+    assert torch.equal(made.tensors[Column.M][1], made.tensors[Column.G][1])
+    assert torch.equal(made.tensors[Column.V][1], made.tensors[Column.G][1].square().clamp_max(torch.finfo(torch.float32).max))
+    # The first step's average is what it made, whatever it started from.
+    assert torch.equal(made.tensors[Column.X][1], made.tensors[Column.PLACE][1])
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-25, 1e-20])
+@pytest.mark.parametrize("rule", ["stored", "recomputed"])
+def test_a_vanishing_lr_leaves_all_finite(rule: str, lr: float) -> None:
+    made = started(Case("momentum", rule, 0.1, True))
+    for _ in range(3):
+        made.set(Hypers(lr=lr, beta=0.9))
+        gradients(made, torch.Generator().manual_seed(1))
+        made.look(1)
+        made.take(1.0, lr, KEEP)
+    assert all(t.isfinite().all() for _, t in made.everything())
+
+
+def assert_equal(one: Weights, two: Weights) -> None:
+    for (what, a), (_, b) in zip(one.everything(), two.everything(), strict=True):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32)), what
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an object"])
+def test_what_is_not_installed_or_cannot_be_loaded_is_none(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "SOURCE", tmp_path / "passes.cpp")
+    if content is not None:
+        (tmp_path / f"_passes{EXTENSION_SUFFIXES[0]}").write_bytes(content)
+    assert installed.__wrapped__() is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
+@pytest.mark.parametrize("usable", [0, 1])
+def test_what_another_cpu_was_meant_for_is_none(usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "SOURCE", tmp_path / "passes.cpp")
+    (tmp_path / "passes.c").write_text(f"int usable(void) {{ return {usable}; }} void look(void) {{}} void take(void) {{}}")
+    built = tmp_path / f"_passes{EXTENSION_SUFFIXES[0]}"
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "passes.c", "-o", built], check=True)
+    assert (installed.__wrapped__() is not None) == bool(usable)
+
+
+def test_without_a_compiler_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "installed", lambda: None)
+    with torch._inductor.config.patch("cpp.cxx", (str(tmp_path / "nowhere"),)):
+        assert built.__wrapped__() is None
