@@ -7,6 +7,7 @@ from .optimizable import Optimizable
 from .optimizer import HyperOptimizer
 from .recommended import auto
 from .record import Recorder
+from .replay import Replay
 from .rule import Rule, Values, hyper
 from .rules import (
     ADOPT,
@@ -29,8 +30,7 @@ from .rules import (
     Unified,
     Yogi,
 )
-from .schedule import Replay
-from .tower import Hyper
+from .spec.tower import Hyper
 
 __all__ = [
     "ADOPT",

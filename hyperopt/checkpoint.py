@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .rule import check as check_value
-from .tower import Hyper
+from .spec.level import Level as Hyper
 
 FORMAT = 2  # of what a checkpoint holds
 

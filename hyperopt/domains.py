@@ -1,6 +1,8 @@
 """The sets in which hyperparameters live, and the unconstrained number through which each is learned."""
 
 import math
+import numbers
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -20,6 +22,20 @@ def complement(value: Tensor) -> Tensor:
     decimal = (exact * 1e7).round() / 1e7
     # Added, as rounding has the derivative 0; the difference of two numbers so close is exact, and so is the sum.
     return exact + torch.where(1 - decimal == value, decimal - exact, 0.0).detach()
+
+
+def number(argument: str, value: object) -> float:
+    """`value` as a float, infinite for an integer that is too large for one.
+
+    Raises:
+        TypeError: not a real number, naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Domain(ABC):
     def admits(self, value: float) -> bool:
         """Whether `value` lies inside or on the boundary, where it can be held."""
         low, high = self.bounds()
-        return low <= value <= high and math.isfinite(value)
+        return low <= value <= high and abs(value) <= sys.float_info.max  # an integer may be too large for math.isfinite
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,7 @@ class Positive(Domain):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", number("Positive(scale)", self.scale))
         if not 0 < self.scale < math.inf:
             raise ValueError(f"Positive({self.scale!r}): give a finite scale above 0")
 
@@ -127,6 +144,8 @@ class Interval(Domain):
     high: float
 
     def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            object.__setattr__(self, name, number(f"Interval({name})", getattr(self, name)))
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"Interval({self.low!r}, {self.high!r}): both ends must be finite and low below high")
 

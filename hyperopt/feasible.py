@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .domains import number
+
 Metric = Tensor | float
 
 # Newton's iteration on 1/‖x(λ)‖ doubles its digits once it is near: metrics that spread over 10 decades need 11 for float64's rounding.
@@ -54,7 +56,7 @@ class Box(Feasible):
 
     def __post_init__(self) -> None:
         for name in ("lo", "hi"):
-            object.__setattr__(self, name, _number(f"Box({name})", getattr(self, name)))
+            object.__setattr__(self, name, _bound(f"Box({name})", getattr(self, name)))
         if not self.lo < self.hi:
             raise ValueError(f"Box({self.lo!r}, {self.hi!r}): give a lower bound that is below the upper one")
 
@@ -91,7 +93,7 @@ class Ball(Feasible):
     radius: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "radius", _number("Ball(radius)", self.radius))
+        object.__setattr__(self, "radius", _bound("Ball(radius)", self.radius))
         if not 0 < self.radius < math.inf:
             raise ValueError(f"Ball({self.radius!r}): give a finite radius above 0")
 
@@ -133,9 +135,8 @@ def _primal(a: Tensor) -> Tensor:
     return forward_ad.unpack_dual(a).primal.detach()
 
 
-def _number(argument: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {value!r}")
-    if math.isnan(value):
+def _bound(argument: str, value: object) -> float:
+    bound = number(argument, value)
+    if math.isnan(bound):
         raise ValueError(f"{argument} is not a number (nan): give a bound, or math.inf for none")
-    return float(value)
+    return bound

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import text
 from .body import choose
 from .body.buffers import Buffer, Record
 from .body.compiled import is_right
@@ -15,7 +14,8 @@ from .body.graph import Graph
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
 from .rule import check, recovered
-from .tower import Hyper
+from .spec import text
+from .spec.level import Level
 from .tree import Tree, with_zeros
 
 
@@ -32,7 +32,7 @@ class Group:
         compile: fuse the tower's step.
     """
 
-    def __init__(self, spec: Hyper, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool = False) -> None:
+    def __init__(self, spec: Level, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool = False) -> None:
         self.set = group.setdefault("project", None)
         if self.set is not None:
             spec = spec.inside(text.read_set(str(self.set)))

@@ -12,7 +12,7 @@ from . import adopt, checkpoint
 from .group import Group
 from .rule import check
 from .rules.black_box import BlackBox
-from .tower import Hyper
+from .spec.level import Level as Hyper
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

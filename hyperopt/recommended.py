@@ -8,7 +8,7 @@ import torch
 
 from .optimizer import HyperOptimizer
 from .rules import Adam, ScheduleFree
-from .tower import Hyper
+from .spec.tower import Hyper
 
 # Of the root mean square of a gradient of norm 1. On validation data, one seed, ScheduleFree(Adam) / Adam from 1e-3 has with eps of
 #                                 1e-8    1e-5    1e-4    3e-4    1e-3    SGD in place of Adam

@@ -15,8 +15,8 @@ from .guards import Climb, Forget, Guard, Guards, Pace, Trust
 from .hyperparameter import Hyperparameter, Hyperparameters
 from .optimizable import Optimizable
 from .rule import Rule
+from .spec.level import Level
 from .tangents import Tangents
-from .tower import Hyper
 
 Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "climbing" where lr may
 
@@ -36,7 +36,7 @@ class Tree:
 
     def __init__(
         self,
-        spec: Hyper,
+        spec: Level,
         rule: Rule,
         own: dict[str, Hyperparameter],
         records: Records,
@@ -50,7 +50,7 @@ class Tree:
         self.root = self._node(spec, rule, 0, "", own, ())
 
     def _node(
-        self, spec: Hyper, rule: Rule, level: int, branch: str, own: dict[str, Hyperparameter], buffers: Sequence[Buffer]
+        self, spec: Level, rule: Rule, level: int, branch: str, own: dict[str, Hyperparameter], buffers: Sequence[Buffer]
     ) -> Optimizable:
         above = []
         for names, upper in spec.above.items():
@@ -102,7 +102,7 @@ class Tree:
         guards.append(Trust(own["lr"], trust, Trust.WARMUP if level == 0 and rule.moved != "x" else 1))
         return [*guards, Forget(own["lr"].domain, record["anchor"])]
 
-    def _upper(self, spec: Hyper, level: int, branch: str, below: Mapping[str, Hyperparameter]) -> Optimizable:
+    def _upper(self, spec: Level, level: int, branch: str, below: Mapping[str, Hyperparameter]) -> Optimizable:
         """The node whose x are the raw values of the hyperparameters `below`, side by side in one vector."""
         record = self.records.setdefault(_label(level, branch), {"values": {}, "state": {}})
         like = next(iter(below.values())).value

@@ -13,7 +13,7 @@ from hyperopt import SGD, Adam, AdamW, Hyper, Positive, Real, ScheduleFree, Unit
 from hyperopt.body.blocks import combined
 from hyperopt.guards import Pace, is_finite
 from hyperopt.rule import Rule
-from hyperopt.tower import TRUST_ABOVE
+from hyperopt.spec.level import TRUST_ABOVE
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
 ALL = Hyper(Adam, lr=1e-3, learn="all").stack(Adam)

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, Rule, ScheduleFree, UnitInterval, arguments, hyper, tower
+from hyperopt import SGD, Adam, AdamW, AdaShift, Ball, Box, Hyper, Interval, Positive, Real, Rule, ScheduleFree, UnitInterval, hyper
+from hyperopt.feasible import Feasible
+from hyperopt.spec import arguments, level
+from hyperopt.spec.text import read_set
 
 # ---- structure
 
@@ -99,10 +103,10 @@ def test_default_step_sizes_above_level_0():
 def test_default_trust_and_horizon():
     chain = Hyper(Adam).stack(SGD)
     (above,) = chain.above.values()
-    assert (chain.horizon, chain.trust_at(0), above.trust_at(1)) == (1000, 0.03, tower.TRUST_ABOVE)
+    assert (chain.horizon, chain.trust_at(0), above.trust_at(1)) == (1000, 0.03, level.TRUST_ABOVE)
     assert Hyper(Adam, trust=None).trust_at(0) is None
     averaging = Hyper(ScheduleFree(Adam))
-    assert (averaging.horizon, averaging.trust_at(0), averaging.trust_at(1)) == (500, 0.1, tower.TRUST_ABOVE)
+    assert (averaging.horizon, averaging.trust_at(0), averaging.trust_at(1)) == (500, 0.1, level.TRUST_ABOVE)
     assert str(Hyper(ScheduleFree(Adam), horizon=1000)) == "ScheduleFree(Adam)(horizon=1000)"
     assert str(Hyper(ScheduleFree(Adam), horizon=500)) == "ScheduleFree(Adam)"
 
@@ -460,3 +464,132 @@ def test_a_rule_of_the_users_own_is_found_by_name():
     made = Hyper(Signed, lr=0.1).stack(Adam)
     assert str(made) == "Signed(lr=0.1) / Adam"
     assert Hyper.parse(str(made)) == made
+
+
+# ---- text that was never meant to be read: no other error than ValueError, and soon
+
+
+HUGE = {
+    "brackets": "(" * 5000,
+    "calls": "Adam(" * 5000,
+    "levels": "Adam / " * 5000 + "Lion9",
+    "more levels": "Adam / " * 14_000,
+    "levels in brackets": "Adam / (" * 150 + "Lion9" + ")" * 150,
+    "branches": "Adam / {lr: " * 150 + "Lion9" + "}" * 150,
+    "signs": "Adam(lr=" + "-" * 5000 + "1)",
+    "a few hundred signs": "Adam(lr=" + "-" * 901 + "1)",
+    "compositions": "ScheduleFree(" * 150 + "Adam" + ")" * 150,
+    "products": "Adam * " * 900 + "Adam",
+    "powers": "Adam" + " ** Adam" * 900,
+    "mappings": "Adam(lr=" + "{lr: " * 90 + "1" + "}" * 91,
+    "a long name": "A" * 1_000_000,
+    "a long text": "Adam" * 300_000,
+    "an integer": "Adam(lr=" + "9" * 400 + ")",
+    "an integer of more digits than Python prints": "Adam(lr=" + "9" * 10_000 + ")",
+    "an integer in hexadecimal": "Adam(lr=0x" + "f" * 10_000 + ")",
+    "an integer for a name": "Adam / {0x" + "f" * 10_000 + ": Adam}",
+    "an integer in a domain": "Adam(domains={lr: Interval(0, " + "9" * 400 + ")})",
+    "an integer for trust": "Adam(trust=" + "9" * 400 + ")",
+    "keywords": "Adam(" + ", ".join(f"x{i}=1" for i in range(9000)) + ")",
+    "the same keyword": "Adam(" + "lr=1, " * 9000 + ")",
+    "the same branch": "Adam / {" + "lr: Adam, " * 9000 + "}",
+    "doubling": "Adam" + " / {lr: Adam, beta1: Adam}" * 200 + " / Lion9",
+    "a null byte": "Adam\0 / SGD",
+    "half a character": "Adam\ud800",
+    "spaces": "Adam" + " " * 200_000 + "/ ",
+    "lines": "Adam\n" * 10_000,
+    "text of an f-string": "f'{" + "(" * 150 + "1" + ")" * 150 + "}'",
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_malformed_text_of_any_size_is_a_value_error(name):
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=r".") as caught:
+        Hyper.parse(HUGE[name])
+    assert type(caught.value) in (ValueError, UnicodeEncodeError)
+    assert len(str(caught.value)) < 2000
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("text", ["Ball(" * 5000, "Ball(" + "-" * 5000 + "1)", "Ball(1)\0", "Ball(" + "9" * 400 + ")", "x" * 1_000_000])
+def test_a_malformed_set_of_any_size_is_a_value_error(text):
+    with pytest.raises(ValueError, match="project = "):
+        read_set(text)
+
+
+def test_an_integer_that_no_float_holds_is_infinite():
+    assert Hyper(Adam, horizon=10**400) == Hyper(Adam, horizon=math.inf) == Hyper.parse("Adam(horizon=" + "9" * 400 + ")")
+    for make in (lambda: Hyper(Adam, lr=10**400), lambda: Adam(lr=-(10**400)), lambda: Interval(0, 10**400), lambda: Ball(10**400)):
+        with pytest.raises(ValueError, match=r"."):
+            make()
+    assert Box(-(10**400), 1) == Box(-math.inf, 1)
+
+
+def test_a_high_chain_is_read_and_printed():
+    text = "SGD" + " / SGD" * 700
+    made = Hyper.parse(text)
+    assert str(made) == text
+    assert made == Hyper.parse(text)
+    assert made.height == 700
+
+
+def test_branches_under_branches_are_read_soon():
+    # Written out, this tower has 2^60 levels: the branches share them.
+    assert Hyper.parse("Adam" + " / {lr: Adam, beta1: Adam}" * 60 + " / SGD").learning == ("lr", "beta1")
+
+
+def test_a_tower_reads_back_with_defaults_that_were_given():
+    for made in (
+        Hyper(Adam).stack(Adam, lr=0.1),
+        Hyper(Adam).stack(Adam, betas=(0.9, 0.999)),
+        Hyper(Adam, lr=0.5, domains={"lr": Interval(-1, 5)}).stack(Adam),
+        Hyper(Adam, domains={"lr": Positive(2)}).stack(Adam),
+        Hyper(Adam(lr=np.float64(0.25))).stack(Adam),
+        Hyper(AdaShift, n=np.int64(3)).stack(Adam),
+    ):
+        again = Hyper.parse(str(made))
+        assert again == made
+        assert hash(again) == hash(made)
+        assert again.structure() == made.structure()
+
+
+def test_betas_are_given_by_their_own_names():
+    @dataclass(frozen=True)
+    class Above(Adam):
+        beta1: float = hyper(0.9, UnitInterval(), above=0.5)
+
+    (above,) = Hyper(Adam).stack(Above, betas=(0.9, 0.99)).above.values()
+    assert above.rule_at(1).beta1 == 0.9
+    (above,) = Hyper(Adam).stack(Above).above.values()
+    assert above.rule_at(1).beta1 == 0.5
+
+
+def test_options_domains_and_sets_of_the_users_own_are_read():
+    @dataclass(frozen=True)
+    class Cube(Feasible):
+        size: float
+        centre: float = 0.0
+
+        def project(self, ys, metrics):
+            return ys
+
+    @dataclass(frozen=True)
+    class Half(Positive):
+        """A domain with the same fields as its base, and a name of its own."""
+
+    @dataclass(frozen=True)
+    class Moded(SGD):
+        mode: str = "fast"
+        sizes: tuple = ()
+        other: object = None
+
+    for mode in ("fast", "slow", "two words", "inf", "None", "lambda", "Real", "'quoted'", "", "é", "1"):
+        made = Hyper(Moded, mode=mode, sizes=(1, 2.5, "a"), other=-math.inf).stack(Adam)
+        assert Hyper.parse(str(made)) == made
+        assert Hyper.parse(str(made)).rule == made.rule
+    made = Hyper(SGD, project=Cube(2.0), domains={"lr": Half(0.5), "momentum": Half()}).stack(Adam)
+    assert str(made) == "SGD(domains={lr: Half(0.5), momentum: Half}, project=Cube(2.0)) / Adam"
+    assert Hyper.parse(str(made)) == made
+    assert Hyper.parse(str(made)).project == Cube(2.0)
+    assert Hyper.parse("SGD(project=Cube(2, 1))").project == Cube(2.0, 1.0)

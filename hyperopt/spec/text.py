@@ -1,0 +1,245 @@
+"""The text of a tower, as in `Adam(lr=0.01) / SGD`: printed with what differs from the defaults, and read without eval."""
+
+import ast
+import dataclasses
+import keyword
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from .. import rules
+from ..domains import Domain, UnitInterval
+from ..feasible import Feasible
+from ..rule import Rule
+from .level import Level
+
+T = TypeVar("T")
+# A chain of levels as it was written, from level 0 upwards: a rule with its keywords, or a chain for each of several hyperparameters.
+Chain = list["tuple[Any, dict[str, Any]] | dict[str, Chain]"]
+
+COMPOSITIONS = ("ScheduleFree", "Averaged")
+LONGEST = 100_000  # characters. A tree of 1,000 levels takes 10,000; Python 3.10 may crash on a text of millions.
+SHOWN = 200  # characters of a text in an error message
+
+
+def show(level: Level) -> str:
+    """The text of the tower that starts with `level`."""
+    return _show(level, 0)
+
+
+def read(source: str, build: Callable[[Chain], T]) -> T:
+    """Read what `show` printed.
+
+    Args:
+        source: the text.
+        build: makes a tower of the chain that was written.
+
+    Raises:
+        ValueError: text that is not a tower, of any size and depth, naming the part that is not understood.
+        TypeError: `source` is not text.
+    """
+    if not isinstance(source, str):
+        raise TypeError(f"a tower is read from text such as 'Adam(lr=0.001) / SGD', got {source!r}")
+    try:
+        return build(_chain(_parsed(source), source))
+    except ValueError:
+        raise
+    except Exception as error:  # a rule may raise anything when it is made with the values that were written
+        reason = "it is nested too deeply" if isinstance(error, (RecursionError, MemoryError)) else error
+        raise ValueError(f"{_short(source)!r} is not a tower: {reason}; write one as in 'Adam(lr=0.001) / SGD'") from error
+
+
+def read_set(source: str) -> Feasible:
+    """Read a feasible set, such as Box(0.0, 1.0) or Ball(10.0).
+
+    Raises:
+        ValueError: text that is not a set.
+    """
+    try:
+        value = _value(_parsed(source), source)
+    except Exception as error:
+        raise ValueError(f"project = {_short(source)!r} is not a set of weights: {error}; give Box(lo, hi) or Ball(radius)") from error
+    if not isinstance(value, Feasible):
+        raise ValueError(f"project = {_short(source)!r} is not a set of weights: give Box(lo, hi) or Ball(radius)")
+    return value
+
+
+# ---- printing
+
+
+def _show(level: Level, at: int) -> str:
+    parts = []
+    while True:
+        parts.append(_show_one(level, at))
+        at += 1
+        if level.is_tree():
+            branches = (f"{names[0]}: {_show(node, at)}" for names, node in level.above.items())
+            return " / ".join([*parts, f"{{{', '.join(branches)}}}"])
+        if not level.above:
+            return " / ".join(parts)
+        (level,) = level.above.values()
+
+
+def _show_one(level: Level, at: int) -> str:
+    rule, declared = level.rule_at(at), level.rule.declared()
+    # A rule that stands above level 0 has other defaults.
+    words = [(f.name, getattr(rule, f.name), declared[f.name].above if at and f.name in declared else f.default) for f in _fields(rule)]
+    words += [
+        ("learn", level.learn, level.learn if level.is_tree() else None),  # the branches of a tree say what is learned
+        ("horizon", level.horizon, level.rule.horizon),
+        ("trust", level.trust, "default"),
+        ("domains", level.domains, {}),
+        ("per", level.per, "group"),
+        ("strategy", level.strategy, "tangents"),
+        ("project", level.project, None),
+        ("maximize", level.maximize, False),
+    ]
+    shown = ", ".join(f"{name}={_word(value)}" for name, value, default in words if value != default)
+    return type(rule).__name__ + (f"({shown})" if shown else "")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_word(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_word, value)) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, Domain | Feasible):
+        given = [getattr(value, f.name) for f in _fields(value)]
+        while given and given[-1] == _fields(value)[len(given) - 1].default:
+            given.pop()
+        name = type(value).__name__
+        return f"{name}({', '.join(map(_word, given))})" if given else name
+    return value if isinstance(value, str) and _is_bare(value) else repr(value)
+
+
+def _is_bare(value: str) -> bool:
+    """Whether a string is read as itself without quotation marks."""
+    return value.isidentifier() and value.isascii() and not (keyword.iskeyword(value) or value == "inf" or _domain_or_set(value))
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(value)
+
+
+# ---- reading
+
+
+def _parsed(source: str) -> ast.expr:
+    if len(source) > LONGEST:
+        raise ValueError(f"{_short(source)!r} has {len(source)} characters: a text has at most {LONGEST}")
+    try:
+        return ast.parse(source.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{_short(source)!r} is not a tower: {reason}; write one as in 'Adam(lr=0.001) / SGD'") from None
+
+
+def _chain(node: ast.expr, source: str) -> Chain:
+    levels: Chain = []
+    parts = list(_divided(node))
+    for i, part in enumerate(reversed(parts)):
+        if i and isinstance(part, ast.Dict):
+            levels.append(_mapping(part, source, _chain))
+        elif i and isinstance(part, ast.BinOp):
+            levels += _chain(part, source)
+        else:
+            levels.append(_level(part, source))
+    return levels
+
+
+def _divided(node: ast.expr) -> Iterator[ast.expr]:
+    """The parts of a / b / c, from the last to the first; in a loop, as there may be more than Python can recurse into."""
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        yield node.right
+        node = node.left
+    yield node
+
+
+def _level(node: ast.expr, source: str) -> tuple[Any, dict[str, Any]]:
+    call = node if isinstance(node, ast.Call) and not _composes(node) else ast.Call(node, [], [])
+    rule = _rule(call.func, source)
+    names = [pair.arg for pair in call.keywords]
+    if call.args or None in names:
+        raise ValueError(f"{_code(call)} in {_short(source)!r}: every value needs its name, as in Adam(lr=0.001)")
+    _check_distinct(names, source)
+    return rule, {str(pair.arg): _value(pair.value, source) for pair in call.keywords}
+
+
+def _composes(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPOSITIONS
+
+
+def _rule(node: ast.expr, source: str) -> Any:
+    """A rule by its name, or a composition of rules such as ScheduleFree(Adam)."""
+    if isinstance(node, ast.Call) and _composes(node):
+        if len(node.args) != 1 or node.keywords:
+            raise ValueError(
+                f"{_code(node)} in {_short(source)!r}: it takes one rule, and values follow in a second pair of brackets, "
+                "as in ScheduleFree(Adam)(lr=0.01)"
+            )
+        return getattr(rules, _name(node.func, source))(_rule(node.args[0], source))
+    name = _name(node, source)
+    if name in rules.__all__ and name not in COMPOSITIONS:
+        return getattr(rules, name)
+    written = _subclasses(Rule, name)
+    if not written:
+        known = ", ".join(rules.__all__)
+        raise ValueError(f"{_short(name)!r} in {_short(source)!r} is not a rule: there are {known}, and the rules that you define")
+    return written[-1]
+
+
+def _value(node: ast.expr, source: str) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, source)
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item, source) for item in node.elts)
+    if isinstance(node, ast.Dict):
+        return _mapping(node, source, _value)
+    if isinstance(node, ast.Name):
+        return math.inf if node.id == "inf" else made() if (made := _domain_or_set(node.id)) else node.id
+    if isinstance(node, ast.Call) and not node.keywords and (made := _domain_or_set(_name(node.func, source))):
+        return made(*(_value(argument, source) for argument in node.args))
+    raise ValueError(f"{_code(node)} in {_short(source)!r} is not a number, a name, a tuple, a mapping or a domain")
+
+
+def _domain_or_set(name: str) -> Callable[..., Any] | None:
+    if name == "UnitInterval":
+        return UnitInterval
+    written = _subclasses(Domain, name) + _subclasses(Feasible, name)
+    return written[-1] if written else None
+
+
+def _mapping(node: ast.Dict, source: str, read: Callable[[ast.expr, str], T]) -> dict[str, T]:
+    names = [_name(key, source) for key in node.keys]
+    _check_distinct(names, source)
+    return {name: read(value, source) for name, value in zip(names, node.values, strict=True)}
+
+
+def _name(node: ast.expr | None, source: str) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    raise ValueError(f"{_code(node)} in {_short(source)!r} is not a name")
+
+
+def _check_distinct(names: list[Any], source: str) -> None:
+    if len(set(names)) < len(names):
+        repeated = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"{_short(source)!r} gives {_short(repeated)} twice: give each name once")
+
+
+def _subclasses(base: type, name: str) -> list[type]:
+    found = [below for direct in base.__subclasses__() for below in (direct, *_subclasses(direct, name))]
+    return [below for below in found if below.__name__ == name]
+
+
+def _code(node: ast.AST | None) -> str:
+    return repr(_short(ast.unparse(node)) if node else "**")
+
+
+def _short(source: str) -> str:
+    return source if len(source) <= SHOWN else f"{source[:SHOWN]}…"
