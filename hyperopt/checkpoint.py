@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from .rule import check as check_value
-from .spec.level import Level as Hyper
+from .spec.level import Level
 
 FORMAT = 2  # of what a checkpoint holds
 
 
-def check(state_dict: dict[str, Any], tower: Hyper, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
+def check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
     """Raise unless `state_dict` can be loaded into an optimizer.
 
     Args:

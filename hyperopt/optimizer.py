@@ -12,7 +12,7 @@ from . import adopt, checkpoint
 from .group import Group
 from .rule import check
 from .rules.black_box import BlackBox
-from .spec.level import Level as Hyper
+from .spec.level import Level
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +46,7 @@ class HyperOptimizer(Optimizer):
     True
     """
 
-    def __init__(self, tower: Hyper, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
+    def __init__(self, tower: Level, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
         if isinstance(params, (torch.nn.Module, str)) or callable(params):
             raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
         if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
