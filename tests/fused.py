@@ -1,5 +1,8 @@
 """What the tests of the compiled step share: the same small tensors for two optimizers, and the comparison of all that they change."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -14,11 +17,14 @@ STEPS = 50
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
-def bound(tower, dtype=torch.float32, *, compile, device="cpu"):
+def bound(tower, dtype=torch.float32, *, compile, device="cpu", native=None):
+    """Parameters and their optimizer; what is not compiled is stepped in operations of torch, unless `native` says otherwise."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in [(7, 5), (7,), (3, 7)]]
     tower = Hyper.parse(tower) if isinstance(tower, str) else tower
-    return params, tower.bind(params, compile=compile)
+    native = compile if native is None else native
+    with contextlib.nullcontext() if native else mock.patch("hyperopt.body.functions.installed", lambda: None):
+        return params, tower.bind(params, compile=compile)
 
 
 def step(params, optimizer, at):

@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hyperopt
 from hyperopt import SGD, Adam, AdamW, Averaged, Hyper, Rule, ScheduleFree
-from hyperopt.hypergradients import Following, Tangents
 from hyperopt.rule import Variant
 
 
@@ -88,13 +87,14 @@ def test_learning_keeps_a_tangent_of_each_sequence_that_is_free(rule, learn, ext
 @pytest.mark.parametrize("base", [Adam, SGD])
 def test_a_step_in_two_halves_is_that_in_one(base, learn, per, monkeypatch):
     found = []
-    for strategy in (Following, Tangents):
-        monkeypatch.setattr("hyperopt.tree.Following", strategy)
+    for fixed in (True, False):
+        if not fixed:  # nothing is known of what the direction depends on
+            monkeypatch.setattr("hyperopt.tangents.read_by_direction", lambda rule: rule.declared().keys())
         model = net()
         # From 10. lr is projected down.
         tower = Hyper(ScheduleFree(base), lr=10.0, learn=learn, per=per, horizon=20).stack(Adam)
         optimizer = tower.bind(model.parameters())
-        assert type(optimizer._groups()[0].root.strategy) is strategy
+        assert optimizer._groups()[0].body.tangents.fixed is fixed
         qs = []
         for at in range(12):
             backward(model, at)
@@ -110,11 +110,11 @@ def test_a_step_in_two_halves_is_that_in_one(base, learn, per, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, equal_nan=True)  # of the step that does not count
 
 
-def test_a_weight_decay_that_is_assigned_makes_the_step_one_of_tangents():
+def test_a_weight_decay_that_is_assigned_decays():
     model = net()
     optimizer = Hyper(ScheduleFree(Adam)).stack(Adam).bind(model.parameters())
-    root = optimizer._groups()[0].root
-    for strategy, at in ((Following, 0), (Tangents, 4)):
+    group = optimizer._groups()[0]
+    for decays, at in ((False, 0), (True, 4)):
         if at:
             optimizer.param_groups[0]["weight_decay"] = 5.0
         norms = [flat(model).norm()]
@@ -122,7 +122,7 @@ def test_a_weight_decay_that_is_assigned_makes_the_step_one_of_tangents():
             backward(model, step)
             optimizer.step()
             norms.append(flat(model).norm())
-        assert type(root.strategy) is strategy
+        assert group.body.block.decays is decays
     assert norms[-1] < 0.99 * norms[0]
 
 
@@ -364,7 +364,7 @@ def test_the_average_is_torchs_started_from_nothing_and_training_is_that_of_the_
             optimizer.step()
         reference.update_parameters(twin)
     # Adam alone steps with a kernel of torch's own, which rounds differently.
-    atol = 1e-12 if pairs[1][1]._groups()[0].root.kernel else 0
+    atol = 1e-12 if pairs[1][1]._groups()[0].body.block.kernel else 0
     torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=atol)
     assert (flat(model) - flat(net())).norm() > 0.01
     expected = flat(reference) / (1 - DECAY**100)

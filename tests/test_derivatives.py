@@ -127,7 +127,9 @@ class Plain:
 
 def update(node, chunk, x, g, state, raw, t):
     """The rule alone, with its own domains."""
-    values = {name: h.value for name, h in node.hypers.own.items()} | {name: node.body.rule.declared()[name].domain.value(r) for name, r in raw.items()}
+    values = {name: h.value for name, h in node.hypers.own.items()} | {
+        name: node.body.rule.declared()[name].domain.value(r) for name, r in raw.items()
+    }
     return node.body.rule.update(x, g, state, Plain({name: chunk.spread(name, value) for name, value in values.items()}), t)
 
 

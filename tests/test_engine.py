@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from hyperopt import SGD, Adam, Hyper, ScheduleFree
+from hyperopt.body.blocks import blocks as cut
 from hyperopt.body.compiled import Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -23,7 +24,7 @@ __all__ = ["fresh_compiler"]
 @pytest.fixture
 def generic(monkeypatch):
     """No step by hand: what torch.compile makes of the rule, as everywhere but on a CPU."""
-    monkeypatch.setattr("hyperopt.native.load", lambda path: None)
+    monkeypatch.setattr("hyperopt.body.functions.built", lambda: None)
 
 
 # ---- every rule, in combinations of everything else
@@ -121,7 +122,7 @@ def test_stage_by_stage(text, monkeypatch):
     eager, fused = (bound(text, compile=c) for c in (False, True))
     train(STEPS, eager, fused)
     assert_equal(eager, fused, torch.float32)
-    assert len(fused[1]._groups()[0].chunks) == 3
+    assert len(fused[1]._groups()[0].buffers) == 3
     # A look, a measure and a write for each of three shapes, and learning, projecting and publishing.
     assert 0 < counters["stats"]["unique_graphs"] <= 12
 
@@ -137,7 +138,7 @@ def test_what_a_compiled_stage_is_given_does_not_share_memory_with_what_it_chang
 
     def watched(self, also, function, *args):
         if function.__name__ == "publish":
-            seen.append(args[0]["lr"].untyped_storage().data_ptr() == node.raw["lr"].untyped_storage().data_ptr())
+            seen.append(args[0]["lr"].untyped_storage().data_ptr() == node.hypers.above[0][1].untyped_storage().data_ptr())
         return stage(self, also, function, *args)
 
     monkeypatch.setattr(Compiled, "stage", watched)
@@ -157,7 +158,7 @@ def test_chunks_that_look_alike_share_what_is_compiled(monkeypatch):
         params = [nn.Parameter(torch.randn(4, 3)) for _ in range(count)]
         optimizer = Hyper(Adam).stack(Adam).bind(params, compile=True)
         train(8, (params, optimizer))
-        found.append((len(optimizer._groups()[0].chunks), counters["stats"]["unique_graphs"]))
+        found.append((len(optimizer._groups()[0].buffers), counters["stats"]["unique_graphs"]))
     assert found == [(2, 6), (9, 6)]
 
 
@@ -172,7 +173,7 @@ def test_block_by_block(text, direct, monkeypatch):
     monkeypatch.setattr("hyperopt.body.buffers.BLOCK", 8)
     blocks = bound(text, compile=False)
     train(STEPS, blocks)
-    assert max(len(chunk.parts(chunk.x(), torch.ones(()), clean=True)) for chunk in blocks[1]._groups()[0].chunks) > 4
+    assert max(len(cut(buffer, buffer.x(), split=True)) for buffer in blocks[1]._groups()[0].buffers) > 4
     assert_equal(at_once, blocks, torch.float32)
 
 
@@ -184,7 +185,7 @@ def test_parameters_of_more_elements_than_are_gathered(large, monkeypatch):
     monkeypatch.setattr("hyperopt.body.choose.LARGE", large)
     other = bound("Adam / Adam", compile=False)
     train(10, other)
-    assert [[t.numel() for t in chunk.tensors] for chunk in other[1]._groups()[0].chunks] in ([[35], [7], [21]], [[35], [21], [7]])
+    assert [[t.numel() for t in chunk.tensors] for chunk in other[1]._groups()[0].buffers] in ([[35], [7], [21]], [[35], [21], [7]])
     assert_equal(reference, other, torch.float32)
 
 
@@ -195,9 +196,9 @@ def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
         monkeypatch.setattr("hyperopt.body.buffers.BLOCK", 8)
     kernel, rule = (bound(text, compile=False) for _ in range(2))
     nodes = rule[1]._groups()[0].nodes.values()
-    assert all(node.kernel for node in nodes)
+    assert all(node.body.block.kernel for node in nodes)
     for node in nodes:
-        node.kernel = None
+        node.body.changed()
     train(STEPS, kernel, rule)
     assert_equal(rule, kernel, torch.float32)
 
@@ -217,7 +218,7 @@ def test_torchs_kernel_is_left_out_where_memory_lies_otherwise(text, weights, mo
             params[2].grad = params[2].grad.t().contiguous().t()
             optimizer.step()
         for node in pairs[1][1]._groups()[0].nodes.values():
-            node.kernel = None
+            node.body.changed()
     assert_equal(*pairs, torch.float32)
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hyperopt import SGD, Adam, Averaged, Ball, Box, Hyper, Lion, ScheduleFree
-from hyperopt.hypergradients import Displacement
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BOX, BALL = Box(-0.25, 0.25), Ball(1.0)
@@ -78,7 +77,7 @@ def test_inside_at_every_step(case, inside, monkeypatch):
         train(model, optimizer, range(at, at + 1))
         assert outside(inside, weights(model)) < 1e-6
         assert at or outside(inside, weights(model)) > -1e-6
-    assert len(optimizer._groups()[0].chunks) == 3
+    assert len(optimizer._groups()[0].buffers) == 3
     assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
     values = optimizer.hyperparameters()
     assert all(value.isfinite().all() for value in values.values())
@@ -96,7 +95,7 @@ def test_inside_with_weights_of_two_dtypes(inside):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(at)).to(p.dtype)
         optimizer.step()
         assert outside(inside, params) < (1e-6 if inside is BOX else 2**-9)
-    assert len(optimizer._groups()[0].chunks) == 2
+    assert len(optimizer._groups()[0].buffers) == 2
 
 
 @pytest.mark.parametrize("height", [0, 1])
@@ -184,9 +183,9 @@ def test_the_metric_is_what_the_rule_divides_by(case):
     for _ in range(case.steps):
         w.grad = scale * (1 + torch.rand(9, generator=generator, dtype=torch.float64))
         optimizer.step()
-    node = optimizer._groups()[0].root
-    chunk = node.chunks[0]
-    h, t = node.values({}, chunk), chunk.t + 1
+    node = optimizer._groups()[0].root.body
+    chunk = node.buffers[0]
+    h, t = node.hypers.values({}), chunk.t + 1
     x, g = chunk.x(), scale.clone()
     x1, after = node.rule.update(x, g, chunk.state, h, t)
     metric = node.rule.metric(after, h, t)
@@ -246,11 +245,13 @@ def replay(node, steps, shift):
     xs, states, out = steps[0].x, steps[0].state, []
     for i, step in enumerate(steps):
         raw = {name: r + (shift.get(name, 0) if i == 0 else 0) for name, r in step.raw.items()}
-        rows = list(zip(node.chunks, xs, step.g, states, step.t, strict=True))
+        rows = list(zip(node.body.buffers, xs, step.g, states, step.t, strict=True))
         ys, states = zip(*[test_derivatives.update(node, c, x, g, s, raw, t) for c, x, g, s, t in rows], strict=True)
-        values = node.live | {name: node.rule.declared()[name].domain.value(r) for name, r in raw.items()}
+        values = {name: h.value for name, h in node.hypers.own.items()} | {
+            name: node.body.rule.declared()[name].domain.value(r) for name, r in raw.items()
+        }
         h = test_derivatives.Plain(values)
-        xs = nearest(ys, [node.rule.metric(s, h, t) for s, t in zip(states, step.t, strict=True)], node.feasible)
+        xs = nearest(ys, [node.body.rule.metric(s, h, t) for s, t in zip(states, step.t, strict=True)], node.body.feasible)
         out.append(xs)
     return out
 
@@ -267,7 +268,7 @@ def test_hypergradients_are_finite_differences(case, inside, horizon, monkeypatc
     monkeypatch.setattr(test_derivatives, "replay", replay)
     monkeypatch.setattr(test_derivatives, "H", 3e-5)  # a weight that meets a bound is a kink, and within 3·H there must be none
     node, steps = test_derivatives.run(case, tower(case, inside, case.learnable, horizon), 0)
-    assert node.feasible == inside
+    assert node.body.feasible == inside
     assert max(outside(inside, step.x_new) for step in steps) == pytest.approx(0, abs=1e-12)
     test_derivatives.check(case, node, steps, horizon)
 
@@ -327,7 +328,7 @@ def test_a_weight_at_a_bound_has_no_tangent():
 def test_the_derivative_of_a_ball_has_no_part_along_its_normal():
     w = nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
     optimizer = Hyper(SGD, lr=0.1, horizon=1, trust=None, project=BALL).stack(SGD, lr=1e-30).bind([w])
-    assert not isinstance(optimizer._groups()[0].root.strategy, Displacement)
+    assert not optimizer._groups()[0].body.tangents.closed
     for _ in range(3):
         w.grad = torch.linspace(0.1, 1, 6, dtype=torch.float64) - w.detach()
         optimizer.step()
