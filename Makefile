@@ -10,7 +10,7 @@ RESULTS ?= runs/experiments
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments figures test lint clean
+.PHONY: help demo experiments figures docs test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,10 +23,14 @@ $(VENV)/.experiments: setup.cfg pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	touch $@
 
-# dev contains experiments: after `make test`, `make demo` needs no network.
+$(VENV)/.docs: setup.cfg pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# dev contains experiments and docs: after `make test`, `make demo` and `make docs` need no network.
 $(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(VENV)/.experiments $@
+	touch $(VENV)/.experiments $(VENV)/.docs $@
 
 demo: $(VENV)/.experiments  ## install, then train on digits from a far too small lr and watch it recover
 	$(BIN)/python -m experiments.mnist --tower "$(DEMO_TOWER)" --dataset digits --epochs 30 --out runs/demo
@@ -38,6 +42,11 @@ experiments: $(VENV)/.dev  ## the papers' experiments from scratch into runs/exp
 figures: $(VENV)/.dev  ## figures and tables of experiments/results again, from their JSON files alone
 	set -e; for name in $(EXPERIMENTS); do ! ls experiments/results/$$name*.json >/dev/null 2>&1 || $(BIN)/python -m experiments.$$name --figures; done
 
+# The source folder is the root, see docs/conf.py; -W -n: a warning or a reference that leads nowhere is an error.
+docs: $(VENV)/.docs  ## render the documentation into docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -n -c docs . docs/_build
+	@echo docs/_build/index.html
+
 test: $(VENV)/.dev  ## install everything, then run the tests
 	$(BIN)/python -m pytest
 
@@ -47,5 +56,5 @@ lint: $(VENV)/.dev  ## ruff and pyright
 	$(BIN)/pyright
 
 clean:  ## remove what was installed, built and cached; runs/ and data/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hyperopt experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
