@@ -1,10 +1,13 @@
-"""What the documentation shows runs: docstring examples, the README's code blocks, and the table of rules."""
+"""What the documentation shows runs: docstring examples, the pages' code blocks and links, and the table of rules."""
 
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,12 @@ from cases import CASES
 import hyperopt
 from hyperopt import ADOPT, SGD, Adam, AdaShift, Averaged, Hyper, Interval, Lion, Positive, Rule, ScheduleFree, Yogi
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
 MODULES = ["hyperopt", *(m.name for m in pkgutil.walk_packages(hyperopt.__path__, "hyperopt."))]
+FENCED = re.compile(r"^```(\w*).*?\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -28,17 +35,22 @@ def test_there_are_docstring_examples():
     assert examples > 10
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def blocks(page: Path) -> list[str]:
+    return [text for language, text in FENCED.findall(page.read_text()) if language == "python"]
 
 
-def test_readme_blocks_run_from_top_to_bottom(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
-    for block in blocks():
-        exec(compile(block, str(README), "exec"), namespace)
-    assert len(blocks()) >= 4
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_the_readme_is_short_and_runs():
+    assert len(README.read_text().splitlines()) <= 160, "move what is new to a page in docs/"
+    assert len(blocks(README)) >= 2
 
 
 def test_every_public_object_has_a_docstring_and_an_entry_in_all():
@@ -46,23 +58,61 @@ def test_every_public_object_has_a_docstring_and_an_entry_in_all():
         assert getattr(hyperopt, name).__doc__, name
 
 
-def test_readme_links_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+def test_every_public_object_is_in_the_reference():
+    directives = " ".join(line for name in ("rules", "api") for line in (DOCS / f"{name}.md").read_text().splitlines() if "::" in line)
+    documented = set(re.findall(r":: hyperopt\.(\w+)", directives))
+    assert documented == set(hyperopt.__all__)
 
 
-# What cannot be learned, and why: options are choices and not numbers; the others make no difference that a gradient could see.
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "experiments" / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_their_anchors_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert found.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_every_page_is_in_both_tables_of_contents():
+    index = (DOCS / "index.md").read_text()
+    (listed,) = [text.split() for _, text in FENCED.findall(index) if ":hidden:" in text]
+    for page in PAGES:
+        if page not in (README, DOCS / "index.md"):
+            assert page.stem in listed
+            assert f"]({page.name})" in index
+            assert f"](docs/{page.name})" in README.read_text()
+
+
+SPHINX = ("sphinx", "myst_parser", "furo")
+
+
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in SPHINX), reason=f"needs {', '.join(SPHINX)}: the extra docs")
+def test_the_pages_build_without_a_warning(tmp_path):
+    # As `make docs`, but nothing is written.
+    options = ["-q", "-W", "--keep-going", "-n", "-b", "dummy", "-c", str(DOCS)]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *options, str(ROOT), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# What cannot be learned, and why: options are not numbers; the others make no difference that a gradient could see.
 NOT_LEARNABLE = {
     AdaShift: {"n": "a whole number"},
-    ADOPT: {"clip, clip_power": "with `clipped=False` they are not used"},
-    Lion: {"beta1, beta2": "while `eps` is 0: a sign has no derivative"},
+    ADOPT: {"clip, clip_power": "not used with `clipped=False`"},
+    Lion: {"beta1, beta2": "while `eps` is 0, as a sign has no derivative"},
     Yogi: {"v0": "used once, before the first step"},
-    Averaged(Adam): {"decay": "training gradients never see the average (`hyper_backward` does)"},
+    Averaged(Adam): {"decay": "training gradients never see the average (those of `hyper_backward` do)"},
 }
 
 
 def rules_table() -> str:
-    """The README's table: what each rule can learn, from the rules themselves and from the rows that the tests run on."""
+    """The table of docs/rules.md: what each rule can learn, from the rules themselves and from the rows that the tests run on."""
     late = {type(case.rule): case.late for case in CASES if case.late}
     lines = [
         "| rule | by default | in (0, 1), by the logit | above 0, by the logarithm | only at horizon > 1 | not learnable, and why |",
@@ -80,7 +130,7 @@ def rules_table() -> str:
         assert sum(map(len, spaces)) + len(default) == len(declared), f"{rule.__name__} has a domain that the table has no column for"
         spaces = [[n for n in space if n not in never] for space in spaces]
         choices = [f.name for f in dataclasses.fields(rule) if f.name not in declared and f.name not in not_learnable]
-        not_learnable |= {", ".join(choices): "choices" if len(choices) > 1 else "a choice"} if choices else {}
+        not_learnable |= {", ".join(choices): "options" if len(choices) > 1 else "an option"} if choices else {}
         reasons = "; ".join(f"{', '.join(f'`{n}`' for n in names.split(', '))}: {why}" for names, why in not_learnable.items())
         cells = [", ".join(f"`{name}`" for name in cell) or "–" for cell in (default, *spaces, late.get(rule, ()))]
         lines.append(f"| `{rule.__name__}` | {' | '.join(cells)} | {reasons or '–'} |")
@@ -103,5 +153,5 @@ def test_what_the_table_calls_not_learnable_has_no_hypergradient(rule, names):
     assert all(found[f"0.{name}"] == 0 for name in names)
 
 
-def test_the_readme_has_the_table_of_rules():
-    assert rules_table() in README.read_text(), f"put this table into the README:\n\n{rules_table()}\n"
+def test_the_page_of_the_rules_has_the_table():
+    assert rules_table() in (DOCS / "rules.md").read_text(), f"put this table into docs/rules.md:\n\n{rules_table()}\n"
