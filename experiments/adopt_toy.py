@@ -13,7 +13,6 @@ reaches the normalised large gradient, k at most (t = 10⁴); a few seeds of bet
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments import provenance
+from experiments import cli, provenance, store
 from hyperopt import ADOPT, Adam, Rule, Values
 
 K = 10
@@ -82,8 +81,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main(
     steps: Annotated[int, typer.Option(min=100)] = 100_000,
-    seeds: Annotated[int, typer.Option(min=1)] = 10,
-    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/results"),
+    seeds: cli.Seeds = 10,
+    out: cli.Out = cli.RESULTS,
 ) -> None:
     """Run every rule with every beta2, and draw the figure."""
     torch.set_num_threads(1)
@@ -97,7 +96,7 @@ def main(
         curves = [[round(x, 4) for x in curve] for curve in xs[at - 1].T.tolist()]
         result["rules"][name] = {"rule": dataclasses.asdict(rule), "final": final(xs), "curves": curves}
         print(f"{name:24}" + "".join(f"{x:9.3f}" for x in final(xs)))
-    (out / "adopt_toy.json").write_text(json.dumps(result) + "\n")
+    store.write(result, out / "adopt_toy.json")
     draw(result, out / "adopt_toy.png")
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Adam as TorchAdam
 from tqdm import tqdm
 
-from experiments import provenance, study
+from experiments import cli, plots, provenance, store
 from experiments.workloads import WORKLOADS
 from hyperopt import Hyper
 
@@ -377,7 +377,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             at = [j + (i - len(shown) / 2 + 0.5) * 0.13 for j in range(len(columns))]
             axes.bar(at, [rows.get(name, {}).get("ratio", math.nan) for rows in columns.values()], 0.13, label=name)
         axes.set(title="training step" if part == "trainings" else "optimizer step alone", yscale="log")
-        study.decimal_ticks(axes.yaxis)
+        plots.decimal_ticks(axes.yaxis)
         axes.set_xticks(range(len(columns)), [title.replace(", ", "\n").replace(" in ", "\nin ") for title in columns], fontsize=7)
     bars = [axes for axes, part in zip(panels, parts, strict=True) if part != "heights"]
     if bars:
@@ -391,9 +391,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"do these parts again: {', '.join(PARTS)}")] = None,
     blocks: Annotated[int, typer.Option(min=3, help="how often every optimizer has its turn")] = 15,
     seconds: Annotated[float, typer.Option(help="length of a turn")] = 0.1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    figures: Annotated[bool, typer.Option(help="only draw what is there")] = False,
-    out: Annotated[Path, typer.Option(help="folder of the result")] = Path("experiments/results"),
+    device: cli.Device = "cpu",
+    figures: cli.Figures = False,
+    out: cli.Out = cli.RESULTS,
 ) -> None:
     """Measure all parts, or some of them again."""
     unknown = set(only or []) - PARTS.keys()
@@ -408,7 +408,7 @@ def main(
         commits = {**dict.fromkeys(result.keys() & PARTS, result.get("commit")), **result.get("commits", {}), part: stamp["commit"]}
         result |= {**stamp, "commits": commits, part: PARTS[part](device, blocks, seconds)}
         result["commit"] = ", ".join(dict.fromkeys(commits.values()))
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        store.write(result, path, indent=1)
     text = table(result)
     (out / f"{name}.md").write_text(text + "\n")
     draw(result, out / f"{name}.png")

@@ -35,7 +35,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from experiments import data, models, study
+from experiments import cli, data, models, plots, tables, training
+from experiments.store import Store, metrics
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import SGD, Adam, Hyper, Real
 
@@ -57,10 +58,10 @@ def paper(rule: Any, alpha: float) -> Hyper:
 
 
 METHODS = {
-    "held": study.Method("torch.optim.Adam, held", lambda alpha: partial(study.reference, Hyper(Adam, lr=alpha), None), "C7"),
-    "paper": study.Method("the paper's settings", partial(paper, Adam), "C0", "--"),
-    "defaults": study.Method("our defaults: Adam / Adam", lambda alpha: Hyper(Adam, lr=alpha).stack(Adam), "C1"),
-    "auto": study.Method("hyperopt.auto", lambda alpha: partial(study.auto, lr=alpha), "C2", "-."),
+    "held": training.Method("torch.optim.Adam, held", lambda alpha: partial(training.reference, Hyper(Adam, lr=alpha), None), "C7"),
+    "paper": training.Method("the paper's settings", partial(paper, Adam), "C0", "--"),
+    "defaults": training.Method("our defaults: Adam / Adam", lambda alpha: Hyper(Adam, lr=alpha).stack(Adam), "C1"),
+    "auto": training.Method("hyperopt.auto", lambda alpha: partial(training.auto, lr=alpha), "C2", "-."),
 }
 
 
@@ -95,11 +96,11 @@ def plan(steps: int, seeds: int, log: Path, **options: Any) -> dict[str, Callabl
         for m, method in METHODS.items():
             makes = {name(text, m, alpha): method.make(alpha) for alpha in ALPHAS}
             count = 1 if m == "auto" and steps <= STEPS else seeds
-            found |= study.tasks(chosen, makes, count, log, replay, observe=partial(write_sample, chosen), **options)
+            found |= training.tasks(chosen, makes, count, log, replay, observe=partial(write_sample, chosen), **options)
     return found
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: for each text a line for each initial learning rate."""
     protocol = store.result["protocol"]
     head = ["test perplexity from alpha", "paper: held", "paper: learned", *(m.label for m in METHODS.values())]
@@ -109,9 +110,9 @@ def table(store: study.Store) -> str:
         for alpha in ALPHAS:
             theirs = ["{:.2f} ± {:.2f}".format(*number) for number in PAPER[alpha]] if text == "war_and_peace" else ["", ""]
             runs = {m: store.seeds(name(text, m, alpha)) for m in METHODS}
-            cells = [study.mean_sd(study.metrics(found)) for found in runs.values()]
-            values = [study.ends(runs[m]) for m in ("paper", "defaults", "auto")]
-            rows.append([f"{alpha:g}", *theirs, *cells, study.replay(runs["defaults"]), *values])
+            cells = [tables.mean_sd(metrics(found)) for found in runs.values()]
+            values = [tables.ends(runs[m]) for m in ("paper", "defaults", "auto")]
+            rows.append([f"{alpha:g}", *theirs, *cells, tables.replay(runs["defaults"]), *values])
         columns = [
             *head,
             "Adam / Adam, first seed → replayed",
@@ -120,16 +121,15 @@ def table(store: study.Store) -> str:
             "hyperopt.auto: lr",
         ]
         title = f"{workload(text, protocol['steps']).title}; mean ± sd of {protocol['seeds']} seeds, where they were run."
-        parts.append(f"{title}\n\n{study.table(columns, rows)}")
+        parts.append(f"{title}\n\n{tables.markdown(columns, rows)}")
     measured = {
-        method.label: [study.metrics(store.seeds(name(text, m, alpha))) for text in TEXTS for alpha in ALPHAS]
-        for m, method in METHODS.items()
+        method.label: [metrics(store.seeds(name(text, m, alpha))) for text in TEXTS for alpha in ALPHAS] for m, method in METHODS.items()
     }
     first, second, *ours = measured
-    return "\n".join([*parts, "The paper's numbers are those after 50,000 steps.\n", study.compare(measured, ours, (first, second))])
+    return "\n".join([*parts, "The paper's numbers are those after 50,000 steps.\n", tables.compare(measured, ours, (first, second))])
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """A row for each text: perplexity against the initial learning rate, and against the step; the learned learning rates."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(16, 9), layout="constrained")
@@ -142,59 +142,58 @@ def draw(store: study.Store, path: Path) -> None:
     figure.savefig(path, dpi=72)
 
 
-def _sensitivity(axes: Axes, store: study.Store, text: str) -> None:
+def _sensitivity(axes: Axes, store: Store, text: str) -> None:
     top = workload(text, 1).guess
     for m, method in METHODS.items():
-        study.against(axes, {alpha: store.seeds(name(text, m, alpha)) for alpha in ALPHAS}, top=top, **method.look)
+        plots.against(axes, {alpha: store.seeds(name(text, m, alpha)) for alpha in ALPHAS}, top=top, **method.line_style)
     if text == "war_and_peace":
         for i, (what, color) in enumerate((("held", "C7"), ("learned", "C0"))):
             means, sds = zip(*(PAPER[alpha][i] for alpha in ALPHAS), strict=True)
             label = f"paper, {what}, 50,000 steps"
             axes.errorbar(ALPHAS, means, yerr=sds, fmt="D", color=color, capsize=3, markersize=5, markerfacecolor="white", label=label)
     axes.set(xscale="log", yscale="log", xlabel="initial alpha (lr)", ylabel="test perplexity", title=TEXTS[text][0])
-    study.decimal_ticks(axes.yaxis)
-    study.finish(axes)
+    plots.decimal_ticks(axes.yaxis)
+    plots.finish(axes)
 
 
-def _curves(axes: Axes, store: study.Store, text: str, alpha: float) -> None:
+def _curves(axes: Axes, store: Store, text: str, alpha: float) -> None:
     for m, method in METHODS.items():
         lines = [(run["curve"]["step"], run["curve"]["metric"]) for run in store.seeds(name(text, m, alpha))]
-        study.band(axes, lines, marker=".", **method.look)
+        plots.band(axes, lines, marker=".", **method.line_style)
     axes.set(yscale="log", xlabel="step", ylabel="test perplexity", title=f"{TEXTS[text][0]}, from {alpha:g}")
-    study.decimal_ticks(axes.yaxis)
-    study.finish(axes)
+    plots.decimal_ticks(axes.yaxis)
+    plots.finish(axes)
 
 
-def _rates(axes: Axes, store: study.Store, text: str) -> None:
+def _rates(axes: Axes, store: Store, text: str) -> None:
     for color, alpha in enumerate(ALPHAS):
         for m in ("paper", "defaults", "auto"):
-            lines = study.courses(store.seeds(name(text, m, alpha)), "0.lr")
-            study.band(axes, lines, color=f"C{color}", linestyle=METHODS[m].style, linewidth=1.2, label=f"{m}, from {alpha:g}")
+            lines = plots.courses(store.seeds(name(text, m, alpha)), "0.lr")
+            plots.band(axes, lines, color=f"C{color}", linestyle=METHODS[m].style, linewidth=1.2, label=f"{m}, from {alpha:g}")
     axes.set(yscale="log", xlabel="step", ylabel="lr", title=f"{TEXTS[text][0]}, learned lr")
-    study.finish(axes)
+    plots.finish(axes)
 
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="of each run; the paper has 50,000")] = STEPS,
-    seeds: Annotated[int, typer.Option(min=1)] = 2,
-    jobs: study.Jobs = 1,
-    device: study.Device = "cpu",
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    log: study.Log = Path("runs/char_rnn"),
-    figures: study.Figures = False,
+    seeds: cli.Seeds = 2,
+    jobs: cli.Jobs = 1,
+    device: cli.Device = "cpu",
+    again: cli.Again = None,
+    out: cli.Out = cli.RESULTS,
+    log: cli.Log = Path("runs/char_rnn"),
+    figures: cli.Figures = False,
 ) -> None:
     """Run what is missing, print the tables and draw the figure."""
     torch.set_num_threads(1)
-    store = study.Store(out / "char_rnn.json", steps=steps, seeds=seeds, device=device)
+    store = Store(out / "char_rnn.json", steps=steps, seeds=seeds, device=device)
     store.forget(again or ())
     if not figures:
         store.complete(plan(steps, seeds, log, evaluations=4, device=device), jobs)
-    study.publish(store, table(store), draw)
+    cli.publish(store, table(store), draw)
 
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

@@ -34,7 +34,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import MultiStepLR
 
-from experiments import study
+from experiments import cli, plots, tables, training
+from experiments.store import Store, metrics
 from experiments.workloads import Workload
 from hyperopt import SGD, Adam, Hyper, Real
 
@@ -55,10 +56,10 @@ def paper(alpha: float, mu: float) -> Hyper:
 
 
 METHODS = {
-    "held": study.Method("torch.optim.SGD, held", lambda alpha, mu: partial(study.reference, held(alpha, mu), None), "C7"),
-    "paper": study.Method("the paper's settings", paper, "C0", "--"),
-    "defaults": study.Method("our defaults: lr", lambda alpha, mu: held(alpha, mu).stack(Adam), "C1"),
-    "all": study.Method(
+    "held": training.Method("torch.optim.SGD, held", lambda alpha, mu: partial(training.reference, held(alpha, mu), None), "C7"),
+    "paper": training.Method("the paper's settings", paper, "C0", "--"),
+    "defaults": training.Method("our defaults: lr", lambda alpha, mu: held(alpha, mu).stack(Adam), "C1"),
+    "all": training.Method(
         "lr, momentum, weight decay",
         lambda alpha, mu: held(alpha, mu, learn=("lr", "momentum", "weight_decay")).stack(Adam),
         "C2",
@@ -71,7 +72,7 @@ HAND_MADE, RECOMMENDED = "hand-made schedule", "hyperopt.auto"
 def references(steps: int) -> dict[str, Any]:
     """What is trained once, beside the grid."""
     falls = partial(MultiStepLR, milestones=[math.ceil(steps / 2), math.ceil(steps * 3 / 4)], gamma=0.1)
-    return {HAND_MADE: partial(study.reference, held(0.1, 0.9), falls), RECOMMENDED: study.auto}
+    return {HAND_MADE: partial(training.reference, held(0.1, 0.9), falls), RECOMMENDED: training.auto}
 
 
 def name(method: str, alpha: float, mu: float) -> str:
@@ -88,10 +89,10 @@ def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str,
     """Every run."""
     grid = {name(m, *cell): method.make(*cell) for m, method in METHODS.items() for cell in cells()}
     replay = {name("defaults", *cell) for cell in cells()}
-    return study.tasks(workload, references(workload.steps) | grid, seeds, log, replay, **options)
+    return training.tasks(workload, references(workload.steps) | grid, seeds, log, replay, **options)
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: a line for each cell, then what stands beside the grid."""
     protocol = store.result["protocol"]
     head = ["alpha, mu", "paper: held → learned", *(method.label for method in METHODS.values())]
@@ -99,26 +100,26 @@ def table(store: study.Store) -> str:
     rows = []
     for cell in cells():
         theirs = " → ".join(f"{number:g}" for number in PAPER[cell]) if cell in PAPER else ""
-        ours = [study.mean_sd(errors(store, method, *cell)) for method in METHODS]
-        ends = [study.ends(store.seeds(name(method, *cell))) for method in ("defaults", "all")]
-        rows.append(["{:g}, {:g}".format(*cell), theirs, *ours, study.replay(store.seeds(name("defaults", *cell))), *ends])
-    beside = "; ".join(f"{label} {study.mean_sd(study.metrics(store.seeds(label)))}" for label in (HAND_MADE, RECOMMENDED))
+        ours = [tables.mean_sd(errors(store, method, *cell)) for method in METHODS]
+        ends = [tables.ends(store.seeds(name(method, *cell))) for method in ("defaults", "all")]
+        rows.append(["{:g}, {:g}".format(*cell), theirs, *ours, tables.replay(store.seeds(name("defaults", *cell))), *ends])
+    beside = "; ".join(f"{label} {tables.mean_sd(metrics(store.seeds(label)))}" for label in (HAND_MADE, RECOMMENDED))
     measured = {label: [errors(store, m, *cell) for cell in cells()] for m, (label, *_) in METHODS.items()}
     first, second, *ours = measured
     return (
         f"{protocol['title']}; test error in %, mean ± sd of up to {protocol['seeds']} seeds. The paper's numbers are those of ResNet-20 "
-        f"after 200 epochs on 50,000 images, read off its figure, ±1.\n\n{study.table(head, rows)}\n"
+        f"after 200 epochs on 50,000 images, read off its figure, ±1.\n\n{tables.markdown(head, rows)}\n"
         f"Beside the grid: {beside}. The paper: hand-made schedule 8.3, learned 8.5, held 13 after 500 epochs.\n\n"
-        f"{study.compare(measured, ours, (first, second))}"
+        f"{tables.compare(measured, ours, (first, second))}"
     )
 
 
-def errors(store: study.Store, method: str, alpha: float, mu: float) -> list[float]:
+def errors(store: Store, method: str, alpha: float, mu: float) -> list[float]:
     """Of the seeds, infinite where a run diverged."""
-    return study.metrics(store.seeds(name(method, alpha, mu)))
+    return metrics(store.seeds(name(method, alpha, mu)))
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """Errors, learned learning rates with the hand-made one on top, and the other values that were learned."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 13), layout="constrained")
@@ -138,39 +139,39 @@ def draw(store: study.Store, path: Path) -> None:
     figure.savefig(path, dpi=64)
 
 
-def _errors(axes: Axes, store: study.Store, mu: float) -> None:
+def _errors(axes: Axes, store: Store, mu: float) -> None:
     for m, method in METHODS.items():
-        study.against(axes, {alpha: store.seeds(name(m, alpha, mu)) for alpha in ALPHAS}, top=100, **method.look)
+        plots.against(axes, {alpha: store.seeds(name(m, alpha, mu)) for alpha in ALPHAS}, top=100, **method.line_style)
     for label, style in (HAND_MADE, ":"), (RECOMMENDED, "-."):
-        if beside := study.metrics(store.seeds(label)):
+        if beside := metrics(store.seeds(label)):
             axes.axhline(min(float(np.mean(beside)), 100), color="black", linestyle=style, linewidth=1, label=label)
     axes.set(xscale="log", yscale="log", xlabel="initial alpha (lr)", ylabel="test error, % (100: diverged)", title=f"from mu = {mu:g}")
-    study.decimal_ticks(axes.yaxis)
-    study.finish(axes)
+    plots.decimal_ticks(axes.yaxis)
+    plots.finish(axes)
 
 
-def _rates(axes: Axes, store: study.Store, mu: float) -> None:
+def _rates(axes: Axes, store: Store, mu: float) -> None:
     for color, alpha in enumerate(ALPHAS):
         for m in "paper", "defaults":
-            lines = study.courses(store.seeds(name(m, alpha, mu)), "0.lr")
+            lines = plots.courses(store.seeds(name(m, alpha, mu)), "0.lr")
             label = f"{METHODS[m].label.partition(':')[0]}, from {alpha:g}"
-            study.band(axes, lines, color=f"C{color}", linestyle=METHODS[m].style, linewidth=1.2, label=label)
-    study.band(axes, study.courses(store.seeds(HAND_MADE), "0.lr")[:1], color="black", linestyle=":", linewidth=1.5, label=HAND_MADE)
+            plots.band(axes, lines, color=f"C{color}", linestyle=METHODS[m].style, linewidth=1.2, label=label)
+    plots.band(axes, plots.courses(store.seeds(HAND_MADE), "0.lr")[:1], color="black", linestyle=":", linewidth=1.5, label=HAND_MADE)
     axes.set(yscale="log", xlabel="step", ylabel="lr", title=f"learned lr from mu = {mu:g}")
-    study.finish(axes)
+    plots.finish(axes)
 
 
-def _learned(axes: Axes, store: study.Store, what: str) -> None:
+def _learned(axes: Axes, store: Store, what: str) -> None:
     """One of the three values that were learned together; a color for each alpha, a style for each mu."""
     for color, alpha in enumerate(ALPHAS):
         for style, mu in zip((":", "-", "--"), MUS, strict=True):
-            lines = study.courses(store.seeds(name("all", alpha, mu)), f"0.{what}")
-            study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"from {alpha:g}, {mu:g}")
+            lines = plots.courses(store.seeds(name("all", alpha, mu)), f"0.{what}")
+            plots.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"from {alpha:g}, {mu:g}")
     axes.set(yscale="logit" if what == "momentum" else "log", xlabel="step", ylabel=what, title=f"{what}, all three learned")
-    study.finish(axes, fontsize=6, title="alpha, mu")
+    plots.finish(axes, fontsize=6, title="alpha, mu")
 
 
-app = study.cifar_app("cifar", 2, plan, table, draw)
+app = cli.cifar_command("cifar", 2, plan, table, draw)
 
 if __name__ == "__main__":
     app()

@@ -32,7 +32,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import study
+from experiments import cli, plots, tables, training
+from experiments.store import Store, metrics
 from experiments.workloads import Workload
 from hyperopt import Adam, Exponent, Hyper
 
@@ -46,14 +47,14 @@ def held(eta: float, running_max: bool, **options: Any) -> Hyper:
 
 
 METHODS = {
-    "held": study.Method("eta and lr held", held, "C7"),
-    "eta": study.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta").stack(Adam), "C0"),
-    "lr": study.Method("lr learned", lambda eta, maximum: held(eta, maximum).stack(Adam), "C1", "--"),
-    "both": study.Method("lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta")).stack(Adam), "C2", "-."),
+    "held": training.Method("eta and lr held", held, "C7"),
+    "eta": training.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta").stack(Adam), "C0"),
+    "lr": training.Method("lr learned", lambda eta, maximum: held(eta, maximum).stack(Adam), "C1", "--"),
+    "both": training.Method("lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta")).stack(Adam), "C2", "-."),
 }
 REFERENCES: dict[str, Any] = {
-    "torch.optim.Adam": partial(study.reference, Hyper(Adam, lr=1e-3), None),
-    "hyperopt.auto": study.auto,
+    "torch.optim.Adam": partial(training.reference, Hyper(Adam, lr=1e-3), None),
+    "hyperopt.auto": training.auto,
 }
 
 
@@ -75,15 +76,15 @@ def cells() -> Iterator[tuple[str, str, bool]]:
 def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every run."""
     grid = {name(m, eta, maximum): METHODS[m].make(ETAS[eta], maximum) for m, eta, maximum in cells()}
-    return study.tasks(workload, REFERENCES | grid, seeds, log, {name("both", eta, False) for eta in ETAS}, **options)
+    return training.tasks(workload, REFERENCES | grid, seeds, log, {name("both", eta, False) for eta in ETAS}, **options)
 
 
-def errors(store: study.Store, method: str, eta: str, maximum: bool) -> list[float]:
+def errors(store: Store, method: str, eta: str, maximum: bool) -> list[float]:
     """Of the seeds, infinite where a run diverged."""
-    return study.metrics(store.seeds(name(method, eta, maximum)))
+    return metrics(store.seeds(name(method, eta, maximum)))
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: a line for each eta, without and with the running maximum; then the answer."""
     protocol = store.result["protocol"]
     head = ["eta", *(method.label for method in METHODS.values()), "both, first seed → replayed"]
@@ -93,16 +94,16 @@ def table(store: study.Store) -> str:
         rows = []
         for eta in ETAS:
             runs = {m: store.seeds(name(m, eta, maximum)) for m in METHODS}
-            measured = [study.mean_sd(study.metrics(runs[m])) if m in methods(maximum) else "" for m in METHODS]
+            measured = [tables.mean_sd(metrics(runs[m])) if m in methods(maximum) else "" for m in METHODS]
             # lr stands in every record, and moves where it is learned.
-            ends = [study.ends(runs[m], learned) for m, learned in (("eta", ["eta"]), ("lr", ["lr"]), ("both", ["lr", "eta"]))]
-            rows.append([eta, *measured, "" if maximum else study.replay(runs["both"]), *ends])
-        parts += [f"{title.capitalize()}:\n", study.table(head, rows)]
-    beside = "; ".join(f"{label} {study.mean_sd(study.metrics(store.seeds(label)))}" for label in REFERENCES)
+            ends = [tables.ends(runs[m], learned) for m, learned in (("eta", ["eta"]), ("lr", ["lr"]), ("both", ["lr", "eta"]))]
+            rows.append([eta, *measured, "" if maximum else tables.replay(runs["both"]), *ends])
+        parts += [f"{title.capitalize()}:\n", tables.markdown(head, rows)]
+    beside = "; ".join(f"{label} {tables.mean_sd(metrics(store.seeds(label)))}" for label in REFERENCES)
     return "\n".join([*parts, f"Beside them: {beside}.\n", *answer(store)])
 
 
-def answer(store: study.Store) -> list[str]:
+def answer(store: Store) -> list[str]:
     """How to choose eta, from the runs without the running maximum; nothing where one is missing."""
     means = {m: {eta: float(np.mean(errors(store, m, eta, False) or [np.nan])) for eta in ETAS} for m in METHODS}
     if any(np.isnan(value) for found in means.values() for value in found.values()):
@@ -124,7 +125,7 @@ def answer(store: study.Store) -> list[str]:
     return lines
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """Errors against eta, and the learned etas, without and with the running maximum; the learned lr."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 9), layout="constrained")
@@ -140,31 +141,31 @@ def draw(store: study.Store, path: Path) -> None:
     figure.savefig(path, dpi=72)
 
 
-def _errors(axes: Axes, store: study.Store, maximum: bool, title: str) -> None:
+def _errors(axes: Axes, store: Store, maximum: bool, title: str) -> None:
     for m in methods(maximum):
-        study.against(axes, {value: store.seeds(name(m, eta, maximum)) for eta, value in ETAS.items()}, top=100, **METHODS[m].look)
+        plots.against(axes, {value: store.seeds(name(m, eta, maximum)) for eta, value in ETAS.items()}, top=100, **METHODS[m].line_style)
     for label, style in zip(REFERENCES, (":", "-."), strict=True):
-        if beside := study.metrics(store.seeds(label)):
+        if beside := metrics(store.seeds(label)):
             axes.axhline(min(float(np.mean(beside)), 100), color="black", linestyle=style, linewidth=1, label=label)
     axes.set(xscale="log", yscale="log", xlabel="eta at first", ylabel="test error, % (100: diverged)", title=title)
     axes.set_xticks(list(ETAS.values()), list(ETAS))
     axes.minorticks_off()
-    study.decimal_ticks(axes.yaxis)
-    study.finish(axes)
+    plots.decimal_ticks(axes.yaxis)
+    plots.finish(axes)
 
 
-def _learned(axes: Axes, store: study.Store, method: str, what: str, maximum: bool, title: str) -> None:
+def _learned(axes: Axes, store: Store, method: str, what: str, maximum: bool, title: str) -> None:
     for eta in ETAS:
-        lines = study.courses(store.seeds(name(method, eta, maximum)), f"0.{what}")
-        study.band(axes, lines, linewidth=1.2, label=f"from eta {eta}")
+        lines = plots.courses(store.seeds(name(method, eta, maximum)), f"0.{what}")
+        plots.band(axes, lines, linewidth=1.2, label=f"from eta {eta}")
     axes.set(yscale="log", xlabel="step", ylabel=what, title=title)
     axes.title.set_fontsize(10)
     if what == "eta":
-        study.decimal_ticks(axes.yaxis)
-    study.finish(axes)
+        plots.decimal_ticks(axes.yaxis)
+    plots.finish(axes)
 
 
-app = study.cifar_app("exponent", 1, plan, table, draw)
+app = cli.cifar_command("exponent", 1, plan, table, draw)
 
 if __name__ == "__main__":
     app()

@@ -39,8 +39,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import OneCycleLR
 
-from experiments import study
+from experiments import cli, plots, tables, training
 from experiments.char_rnn import paper
+from experiments.store import Store, metrics
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import Adam, AdamW, Hyper
 
@@ -51,16 +52,16 @@ LEARNED = ("lr", "beta1", "beta2", "eps", "weight_decay")
 def cosine(peak: float, steps: int) -> Any:
     """AdamW with warm-up and cosine."""
     schedule = partial(OneCycleLR, max_lr=peak, total_steps=max(2, steps), pct_start=0.1, cycle_momentum=False)
-    return partial(study.reference, Hyper(AdamW, lr=peak), schedule)
+    return partial(training.reference, Hyper(AdamW, lr=peak), schedule)
 
 
 METHODS = {
-    "cosine": study.Method("torch.optim.AdamW, warm-up and cosine", cosine, "black", ":"),
-    "held": study.Method("torch.optim.AdamW, held", lambda lr, _: partial(study.reference, Hyper(AdamW, lr=lr), None), "C7"),
-    "paper": study.Method("the paper's settings", lambda lr, _: paper(AdamW, lr), "C0", "--"),
-    "defaults": study.Method("our defaults: AdamW / Adam", lambda lr, _: Hyper(AdamW, lr=lr).stack(Adam), "C1"),
-    "all": study.Method("lr, betas, eps, weight decay", lambda lr, _: Hyper(AdamW, lr=lr, learn=LEARNED).stack(Adam), "C3", "-."),
-    "auto": study.Method("hyperopt.auto", lambda lr, _: partial(study.auto, lr=lr), "C2", "-."),
+    "cosine": training.Method("torch.optim.AdamW, warm-up and cosine", cosine, "black", ":"),
+    "held": training.Method("torch.optim.AdamW, held", lambda lr, _: partial(training.reference, Hyper(AdamW, lr=lr), None), "C7"),
+    "paper": training.Method("the paper's settings", lambda lr, _: paper(AdamW, lr), "C0", "--"),
+    "defaults": training.Method("our defaults: AdamW / Adam", lambda lr, _: Hyper(AdamW, lr=lr).stack(Adam), "C1"),
+    "all": training.Method("lr, betas, eps, weight decay", lambda lr, _: Hyper(AdamW, lr=lr, learn=LEARNED).stack(Adam), "C3", "-."),
+    "auto": training.Method("hyperopt.auto", lambda lr, _: partial(training.auto, lr=lr), "C2", "-."),
 }
 
 
@@ -88,16 +89,16 @@ def workload(steps: int, batch: int) -> Workload:
 def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every run."""
     grid = {name(m, lr): METHODS[m].make(lr, workload.steps) for m, lr in cells()}
-    return study.tasks(workload, grid, seeds, log, {name(m, lr) for m, lr in cells() if m in ("defaults", "all")}, **options)
+    return training.tasks(workload, grid, seeds, log, {name(m, lr) for m, lr in cells() if m in ("defaults", "all")}, **options)
 
 
-def best(store: study.Store) -> float:
+def best(store: Store) -> float:
     """The peak at which AdamW with warm-up and cosine is best."""
-    found = {lr: study.metrics(store.seeds(name("cosine", lr))) for lr in PEAKS}
+    found = {lr: metrics(store.seeds(name("cosine", lr))) for lr in PEAKS}
     return min((lr for lr in PEAKS if found[lr]), key=lambda lr: float(np.mean(found[lr])), default=PEAKS[0])
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: a line for each initial learning rate, and AdamW with warm-up and cosine."""
     protocol = store.result["protocol"]
     (_, (cosine, *_)), *others = METHODS.items()
@@ -105,91 +106,90 @@ def table(store: study.Store) -> str:
     head += ["all, first seed → replayed", "AdamW / Adam: lr at the end", f"all: {', '.join(LEARNED)} at the end"]
     rows = []
     for lr in STARTS:
-        cells = [study.mean_sd(study.metrics(store.seeds(name(m, lr)))) for m, _ in others]
+        cells = [tables.mean_sd(metrics(store.seeds(name(m, lr)))) for m, _ in others]
         learned = [store.seeds(name(m, lr)) for m in ("defaults", "all")]
-        rows.append([f"{lr:g}", *cells, *map(study.replay, learned), *map(study.ends, learned)])
-    tuned = [[f"{lr:g}", study.mean_sd(study.metrics(store.seeds(name("cosine", lr))))] for lr in PEAKS]
-    measured = {method.label: [study.metrics(store.seeds(name(m, lr))) for lr in STARTS] for m, method in others}
+        rows.append([f"{lr:g}", *cells, *map(tables.replay, learned), *map(tables.ends, learned)])
+    tuned = [[f"{lr:g}", tables.mean_sd(metrics(store.seeds(name("cosine", lr))))] for lr in PEAKS]
+    measured = {method.label: [metrics(store.seeds(name(m, lr))) for lr in STARTS] for m, method in others}
     first, second, *ours = measured
     target = f"{cosine}, at its best lr {best(store):g}"
-    measured[target] = [study.metrics(store.seeds(name("cosine", best(store))))] * len(STARTS)
+    measured[target] = [metrics(store.seeds(name("cosine", best(store))))] * len(STARTS)
     return (
-        f"{protocol['title']}; nats per character, mean ± sd of {protocol['seeds']} seeds.\n\n{study.table(head, rows)}\n"
-        f"{study.table(['from a peak lr of', cosine], tuned)}\n{study.compare(measured, ours, (first, second, target))}"
+        f"{protocol['title']}; nats per character, mean ± sd of {protocol['seeds']} seeds.\n\n{tables.markdown(head, rows)}\n"
+        f"{tables.markdown(['from a peak lr of', cosine], tuned)}\n{tables.compare(measured, ours, (first, second, target))}"
     )
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """Loss against lr and against the step, the learned lr beside the cosine, and everything else that was learned."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 10), layout="constrained")
     panels = figure.subplots(2, 2)
     for m, method in METHODS.items():
-        study.against(panels[0, 0], {lr: store.seeds(name(m, lr)) for lr in starts(m)}, top=WORKLOADS["gpt"].guess, **method.look)
+        plots.against(panels[0, 0], {lr: store.seeds(name(m, lr)) for lr in starts(m)}, top=WORKLOADS["gpt"].guess, **method.line_style)
         at = best(store) if m == "cosine" else 1e-3
         curves = [(run["curve"]["step"], run["curve"]["metric"]) for run in store.seeds(name(m, at))]
-        look: dict[str, Any] = {**method.look, "label": f"{method.label}, from {at:g}"}
-        study.band(panels[0, 1], curves, marker=".", **look)
+        look: dict[str, Any] = {**method.line_style, "label": f"{method.label}, from {at:g}"}
+        plots.band(panels[0, 1], curves, marker=".", **look)
     ylabel = "validation loss, nats per character"
     panels[0, 0].set(xscale="log", xlabel="initial lr; of the cosine its peak", ylabel=ylabel, title="after the last step (top: diverged)")
     panels[0, 1].set(xlabel="step", ylabel=ylabel, title="loss against the step")
     _rates(panels[1, 0], store)
     _others(panels[1, 1], store)
     for axes in panels.flat:
-        study.finish(axes, **({"fontsize": 6, "ncols": 3, "loc": "lower left"} if axes is panels[1, 0] else {}))
+        plots.finish(axes, **({"fontsize": 6, "ncols": 3, "loc": "lower left"} if axes is panels[1, 0] else {}))
     figure.suptitle(f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest")
     figure.supxlabel(store.caption(), fontsize=7)
     figure.savefig(path, dpi=72)
 
 
-def _rates(axes: Axes, store: study.Store) -> None:
+def _rates(axes: Axes, store: Store) -> None:
     for color, lr in enumerate(STARTS):
         for m, style in ("paper", "--"), ("defaults", "-"), ("all", ":"), ("auto", "-."):
-            lines = study.courses(store.seeds(name(m, lr)), "0.lr")
-            study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"{m}, from {lr:g}")
-    lines = study.courses(store.seeds(name("cosine", best(store))), "0.lr")[:1]
-    study.band(axes, lines, color="black", linewidth=1.5, label=f"cosine, the best: {best(store):g}")
+            lines = plots.courses(store.seeds(name(m, lr)), "0.lr")
+            plots.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=f"{m}, from {lr:g}")
+    lines = plots.courses(store.seeds(name("cosine", best(store))), "0.lr")[:1]
+    plots.band(axes, lines, color="black", linewidth=1.5, label=f"cosine, the best: {best(store):g}")
     axes.set(yscale="log", xlabel="step", ylabel="lr", title="learned lr (where it falls below 0, as the paper's may, there is no line)")
 
 
-def _others(axes: Axes, store: study.Store) -> None:
+def _others(axes: Axes, store: Store) -> None:
     """By how much each value that was learned beside lr has moved; a decay by its distance from 1."""
     for color, what in enumerate(LEARNED[1:]):
         for style, lr in zip((":", "-", "--"), STARTS, strict=True):
             beta = what.startswith("beta")
             lines = [
                 (steps, [None if value is None else (1 - value) / (1 - column[0]) if beta else value / column[0] for value in column])
-                for steps, column in study.courses(store.seeds(name("all", lr)), f"0.{what}")
+                for steps, column in plots.courses(store.seeds(name("all", lr)), f"0.{what}")
                 if column[0] is not None
             ]
             label = f"{'1 − ' if beta else ''}{what}, from lr {lr:g}"
-            study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=label)
+            plots.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=label)
     axes.set(yscale="log", xlabel="step", ylabel="value / value of the first step", title="what is learned beside lr")
 
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="of each run")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="sequences of 128 characters")] = 16,
-    seeds: Annotated[int, typer.Option(min=1)] = 2,
-    jobs: study.Jobs = 1,
-    device: study.Device = "cpu",
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    log: study.Log = Path("runs/gpt"),
-    figures: study.Figures = False,
+    seeds: cli.Seeds = 2,
+    jobs: cli.Jobs = 1,
+    device: cli.Device = "cpu",
+    again: cli.Again = None,
+    out: cli.Out = cli.RESULTS,
+    log: cli.Log = Path("runs/gpt"),
+    figures: cli.Figures = False,
 ) -> None:
     """Run what is missing, print the table and draw the figure."""
     torch.set_num_threads(1)
     chosen = workload(steps, batch)
-    store = study.Store(out / "gpt.json", title=chosen.title, seeds=seeds, device=device)
+    store = Store(out / "gpt.json", title=chosen.title, seeds=seeds, device=device)
     store.forget(again or ())
     if not figures:
         store.complete(plan(chosen, seeds, log, evaluations=5, device=device), jobs)
-    study.publish(store, table(store), draw)
+    cli.publish(store, table(store), draw)
 
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

@@ -38,8 +38,9 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import published, study
-from experiments.study import REPLAYED
+from experiments import cli, plots, published, tables, training
+from experiments.store import Store, metrics
+from experiments.training import REPLAYED
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import SGD, Adam, Hyper, Real, Rule
 
@@ -126,14 +127,14 @@ def plan(names: list[str], steps: int | None, device: str, log: Path) -> dict[st
     """Every run of the grid, of one workload after the other."""
     return {
         key: partial(
-            study.train,
+            training.train,
             problem(name, steps),
             tower(name, kind, height, start),
             seed,
             points=20,
             after=(REPLAYED,) if name == "mlp" and height and seed == 0 else (),
             device=device,
-            log=log / study.slug(key),
+            log=log / training.slug(key),
         )
         for name in names
         for seed in range(PROBLEMS[name].seeds)
@@ -156,7 +157,7 @@ def times(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
     runs = {}
     for label, spec in {"torch": towers["paper 0"], **towers}.items():
         model = workload.model(0, device)
-        runs[label] = model, study.plain(spec, model.parameters()) if label == "torch" else spec.bind(model.parameters()), []
+        runs[label] = model, training.plain(spec, model.parameters()) if label == "torch" else spec.bind(model.parameters()), []
     batches = workload.batches(0, device)
     for _ in range(steps + 2):
         x, y = next(batches)
@@ -171,12 +172,12 @@ def times(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
     return {"ms": {label: round(1e3 * statistics.median(seconds[2:]), 4) for label, (_, _, seconds) in runs.items()}}
 
 
-def errors(store: study.Store, name: str, kind: str, height: int, start: float, *path: str) -> list[float]:
+def errors(store: Store, name: str, kind: str, height: int, start: float, *path: str) -> list[float]:
     """The metric of the seeds, infinite where a run diverged."""
-    return study.metrics(store.seeds(label(name, kind, height, start)), *path)
+    return metrics(store.seeds(label(name, kind, height, start)), *path)
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: for each workload a line for each height and kind, and the time."""
     parts = []
     for name, (workload, rule, seeds, _) in PROBLEMS.items():
@@ -186,21 +187,21 @@ def table(store: study.Store) -> str:
                 rows.append([f"height {height}, read off the paper's figure", *("" if e is None else f"{e:g}" for e in PAPER[height])])
             for kind in kinds(height):
                 line = f"height {height}, {KINDS[kind]}" if height else "height 0"
-                rows.append([line, *(study.mean_sd(errors(store, name, kind, height, start)) for start in STARTS)])
+                rows.append([line, *(tables.mean_sd(errors(store, name, kind, height, start)) for start in STARTS)])
                 if name == "mlp" and height:
-                    cells = [study.mean_sd(errors(store, name, kind, height, start, REPLAYED)) for start in STARTS]
+                    cells = [tables.mean_sd(errors(store, name, kind, height, start, REPLAYED)) for start in STARTS]
                     rows.append([f"{line}, first seed, schedule replayed", *cells])
         head = [f"test {workload.metric} from lr", *(f"{start:.0e}" for start in STARTS)]
         title = f"{_title(store, name)}, {rule.__name__} at level 0; {f'mean ± sd of {seeds} seeds' if seeds > 1 else 'one seed'}."
-        parts += [title, study.table(head, rows), _count(store, name)]
+        parts += [title, tables.markdown(head, rows), _count(store, name)]
     return "\n\n".join(part.strip() for part in [*parts, _times(store)]) + "\n"
 
 
-def _title(store: study.Store, name: str) -> str:
+def _title(store: Store, name: str) -> str:
     return problem(name, store.result["protocol"]["steps"]).title
 
 
-def _count(store: study.Store, name: str) -> str:
+def _count(store: Store, name: str) -> str:
     """In how many cells the defaults are better, and which ones they are not."""
     pairs = [(h, s, *(errors(store, name, kind, h, s) for kind in ("defaults", "paper"))) for h in HEIGHTS[1:] for s in STARTS]
     done = [(h, s, float(np.mean(ours)), float(np.mean(theirs))) for h, s, ours, theirs in pairs if ours and theirs]
@@ -208,7 +209,7 @@ def _count(store: study.Store, name: str) -> str:
     return f"Our defaults are better in {len(done) - len(lost)} of {len(done)} cells" + (f"; not in: {', '.join(lost)}." if lost else ".")
 
 
-def _times(store: study.Store) -> str:
+def _times(store: Store) -> str:
     rows = []
     for name in PROBLEMS:
         if run := store.runs.get(f"{name} | time"):
@@ -218,10 +219,11 @@ def _times(store: study.Store) -> str:
                 levels = [f"{ms[f'{kind} {h}']:.2f} ({100 * (ms[f'{kind} {h}'] / base - 1):+.1f} %)" for h in HEIGHTS[1:]]
                 rows.append([f"{name}, {KINDS[kind]}", f"{ms['torch']:.2f}", f"{base:.2f}", *levels, f"+{PAPER_TIME[name]:g} %"])
     head = ["ms for a training step", "torch.optim", "height 0", *(f"height {h}" for h in HEIGHTS[1:]), "paper, height 3"]
-    return f"Time, median; in parentheses what is added to height 0 of the same library, as the paper counts.\n\n{study.table(head, rows)}"
+    title = "Time, median; in parentheses what is added to height 0 of the same library, as the paper counts."
+    return f"{title}\n\n{tables.markdown(head, rows)}"
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """A column for each workload: the paper's step sizes, our defaults, and the time of a step."""
     figure = Figure(figsize=(15, 12), layout="constrained")
     panels = figure.subplots(3, len(PROBLEMS), height_ratios=[3, 3, 2])
@@ -240,63 +242,62 @@ def draw(store: study.Store, path: Path) -> None:
     figure.savefig(path, dpi=72)
 
 
-def _bottom(store: study.Store, name: str) -> float:
-    metrics = [run["metric"] for key, run in store.runs.items() if key.startswith(f"{name} |") and run.get("metric")]
-    return 0.85 * min(metrics, default=1.0)
+def _bottom(store: Store, name: str) -> float:
+    measured = [run["metric"] for key, run in store.runs.items() if key.startswith(f"{name} |") and run.get("metric")]
+    return 0.85 * min(measured, default=1.0)
 
 
-def _sensitivity(axes: Axes, store: study.Store, name: str, kind: str) -> None:
+def _sensitivity(axes: Axes, store: Store, name: str, kind: str) -> None:
     workload = PROBLEMS[name].workload
     for height in HEIGHTS:
         look = {"color": f"C{height}", "markersize": 4}
         runs = {start: store.seeds(label(name, kind, height, start)) for start in STARTS}
-        study.against(axes, runs, top=1.1 * workload.guess, label=f"height {height}", **look)
+        plots.against(axes, runs, top=1.1 * workload.guess, label=f"height {height}", **look)
         if name == "mlp" and kind == "paper":
             read = [(start, error) for start, error in zip(STARTS, PAPER[height], strict=True) if error is not None]
             shown = "read off the paper's figure" if height == 0 else None
             axes.plot([s for s, _ in read], [e for _, e in read], "x:", linewidth=1, label=shown, **look)
     axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
     axes.set(xscale="log", yscale="log", xlim=(5e-9, 2e2), xlabel="initial lr", ylabel=f"test {workload.metric}")
-    study.decimal_ticks(axes.yaxis)
-    study.finish(axes)
+    plots.decimal_ticks(axes.yaxis)
+    plots.finish(axes)
 
 
-def _time(axes: Axes, store: study.Store, name: str) -> None:
+def _time(axes: Axes, store: Store, name: str) -> None:
     if run := store.runs.get(f"{name} | time"):
         for kind in KINDS:
             axes.plot(list(HEIGHTS), [run["ms"][f"{kind} {height}"] for height in HEIGHTS], "o-", label=KINDS[kind])
         axes.axhline(run["ms"]["torch"], color="black", linestyle=":", label=f"torch.optim.{PROBLEMS[name].rule.__name__}")
         axes.set_ylim(bottom=0)
     axes.set(xlabel="height of the tower", ylabel="ms for a training step", xticks=list(HEIGHTS))
-    study.finish(axes)
+    plots.finish(axes)
 
 
 def main(
     workload: Annotated[list[str] | None, typer.Option(help=f"only this one of {', '.join(PROBLEMS)}; may be repeated")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="in place of the protocol's")] = None,
-    jobs: study.Jobs = 1,
-    device: study.Device = "cpu",
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    log: study.Log = Path("runs/heights"),
-    figures: study.Figures = False,
+    jobs: cli.Jobs = 1,
+    device: cli.Device = "cpu",
+    again: cli.Again = None,
+    out: cli.Out = cli.RESULTS,
+    log: cli.Log = Path("runs/heights"),
+    figures: cli.Figures = False,
 ) -> None:
     """Run what is missing, print the tables and draw the figure."""
     names = workload or list(PROBLEMS)
     if unknown := set(names) - set(PROBLEMS):
         raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(PROBLEMS)}", param_hint="--workload")
     torch.set_num_threads(1)
-    store = study.Store(out / "heights.json", steps=steps, seeds=max(each.seeds for each in PROBLEMS.values()), device=device)
+    store = Store(out / "heights.json", steps=steps, seeds=max(each.seeds for each in PROBLEMS.values()), device=device)
     store.forget(again or ())
     if not figures:
         store.complete(plan(names, steps, device, log), jobs)
         timed = {name: min(PROBLEMS[name].timed, steps or math.inf) for name in names}
         store.complete({f"{name} | time": partial(times, name, int(count), device) for name, count in timed.items()})
-    study.publish(store, table(store), draw)
+    cli.publish(store, table(store), draw)
 
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,8 @@ import typer
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
-from experiments import data, models, study
+from experiments import cli, data, models, plots, tables, training
+from experiments.store import Store
 from hyperopt import Hyper, Recorder
 
 IMAGES, BATCH = 1000, 100
@@ -72,7 +74,7 @@ def train(dataset: str, method: str, decay: float, seed: int, steps: int, valida
         found = {"loss": cross_entropy(outputs, test_y).item(), "error": 100 * wrong.float().mean().item()}
     columns = {what: recorder.values[what] for what in ("0.lr", "0.weight_decay")}
     scores = {what: value if np.isfinite(value) else None for what, value in found.items()}
-    return {**scores, "courses": study.thin(recorder.steps, columns, 100)}
+    return {**scores, "courses": training.thin(recorder.steps, columns, 100)}
 
 
 def name(dataset: str, method: str, decay: float) -> str:
@@ -82,32 +84,32 @@ def name(dataset: str, method: str, decay: float) -> str:
 
 def cells() -> Iterator[tuple[str, str, float]]:
     """The grid."""
-    yield from ((dataset, method, decay) for dataset in DATASETS for method in METHODS for decay in DECAYS)
+    return product(DATASETS, METHODS, DECAYS)
 
 
-def scores(store: study.Store, dataset: str, method: str, measure: str) -> list[list[float]]:
+def scores(store: Store, dataset: str, method: str, measure: str) -> list[list[float]]:
     """For each weight decay the loss or the error of the seeds, infinite where it is not finite."""
     runs = [store.seeds(name(dataset, method, decay)) for decay in DECAYS]
     return [[np.inf if run[measure] is None else run[measure] for run in found] for found in runs]
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: for each data set a line for each method and measure."""
     protocol = store.result["protocol"]
     parts = [f"{protocol['title']}; mean ± sd of {protocol['seeds']} seeds.\n"]
     for dataset, title in DATASETS.items():
         rows = []
         for method, (label, *_) in METHODS.items():
-            ends = [study.ends(store.seeds(name(dataset, method, decay)), ["weight_decay"]) for decay in DECAYS]
+            ends = [tables.ends(store.seeds(name(dataset, method, decay)), ["weight_decay"]) for decay in DECAYS]
             for measure, what in MEASURES.items():
-                rows.append([f"{label}: {what}", *map(study.mean_sd, scores(store, dataset, method, measure))])
+                rows.append([f"{label}: {what}", *map(tables.mean_sd, scores(store, dataset, method, measure))])
             if "learn" in METHODS[method][1]:
                 rows.append([f"{label}: weight decay at the end", *ends])
-        parts.append(study.table([f"{title}, from weight decay", *(f"{decay:g}" for decay in DECAYS)], rows))
+        parts.append(tables.markdown([f"{title}, from weight decay", *(f"{decay:g}" for decay in DECAYS)], rows))
     return "\n".join(parts)
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """A row for each data set: loss and error against the weight decay at first, and the learned weight decays."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 8), layout="constrained")
@@ -116,18 +118,18 @@ def draw(store: study.Store, path: Path) -> None:
         for axes, (measure, what) in zip(row, MEASURES.items(), strict=False):
             for color, (method, (label, *_)) in enumerate(METHODS.items()):
                 lines = zip(*scores(store, dataset, method, measure), strict=True)
-                study.band(axes, [(DECAYS, line) for line in lines], marker="o", markersize=4, color=f"C{color}", label=label)
+                plots.band(axes, [(DECAYS, line) for line in lines], marker="o", markersize=4, color=f"C{color}", label=label)
             axes.set(xscale="log", xlabel="weight decay at first", ylabel=what, title=title)
             axes.grid(alpha=0.3)
         for color, decay in enumerate(DECAYS):
             for method, style in ("training", ":"), ("held-out", "-"):
-                for seed, line in enumerate(study.courses(store.seeds(name(dataset, method, decay)), "0.weight_decay")):
+                for seed, line in enumerate(plots.courses(store.seeds(name(dataset, method, decay)), "0.weight_decay")):
                     label = f"{method}, from {decay:g}" if seed == 0 else None
                     row[2].plot(*line, color=f"C{color}", linestyle=style, linewidth=1, alpha=0.7, label=label)
         row[2].set(
             yscale="log", ylim=(1e-16, 1e10), xlabel="step", ylabel="weight decay", title=f"{title}: learned beside lr, a line a seed"
         )
-        study.finish(row[2], fontsize=6, loc="upper center", ncols=2)
+        plots.finish(row[2], fontsize=6, loc="upper center", ncols=2)
     title = f"{protocol['title']}; mean of {protocol['seeds']} seeds, bands from the lowest to the highest"
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title=title)
     figure.supxlabel(store.caption(), fontsize=7)
@@ -135,28 +137,26 @@ def draw(store: study.Store, path: Path) -> None:
 
 
 def main(
-    steps: study.Steps = 1000,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: cli.Steps = 1000,
+    seeds: cli.Seeds = 3,
     validation: Annotated[bool, typer.Option(help="measure on the last 10,000 training images, into held_out_validation.json")] = False,
-    jobs: study.Jobs = 1,
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    figures: study.Figures = False,
+    jobs: cli.Jobs = 1,
+    again: cli.Again = None,
+    out: cli.Out = cli.RESULTS,
+    figures: cli.Figures = False,
 ) -> None:
     """Run what is missing, print the table and draw the figure."""
     torch.set_num_threads(1)
     title = f"MLP on {IMAGES:,} images, {steps:,} steps of {BATCH}, AdamW / Adam; " + ("validation" if validation else "test") + " data"
-    store = study.Store(out / f"held_out{'_validation' if validation else ''}.json", title=title, seeds=seeds)
+    store = Store(out / f"held_out{'_validation' if validation else ''}.json", title=title, seeds=seeds)
     store.forget(again or ())
     if not figures:
         tasks = {f"{name(*cell)} | {seed}": partial(train, *cell, seed, steps, validation) for seed in range(seeds) for cell in cells()}
         store.complete(tasks, jobs)
-    study.publish(store, table(store), draw)
+    cli.publish(store, table(store), draw)
 
 
-# Plain click messages, not boxes.
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

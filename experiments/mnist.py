@@ -7,7 +7,6 @@ Protocol: 784-128-10, tanh, cross entropy, inputs in [0, 1], batch 256; the thre
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from pathlib import Path
@@ -19,9 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from experiments import data, models
-from hyperopt import Hyper
-from hyperopt.record import Recorder
+from experiments import cli, data, models, store
+from hyperopt import Hyper, Recorder
 
 
 def main(
@@ -111,7 +109,7 @@ def main(
         "steps": steps,
         "runs": runs,
     }
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    store.write(result, out / "result.json", indent=2)
 
     meaning = {"tower": "this tower", "initial": "its rule, initial values held", "learned": "its rule, learned values held"}
     print(f"\n{spec} on {dataset}: {epochs} epochs of {steps // epochs} steps, seed {seed}, {device}")
@@ -123,9 +121,7 @@ def main(
     print(f"CSV          {out / 'hyperparameters.csv'}\nPNG          {out / 'hyperparameters.png'}\nresult       {out / 'result.json'}")
 
 
-# Plain click messages: a wrong --tower is one line, not a box.
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

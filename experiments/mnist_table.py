@@ -24,18 +24,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from experiments import models, study
+from experiments import cli, models, plots, tables, training
 from experiments.published import DOMAINS, Authors, mlp_tanh
-from experiments.study import HELD, REPLAYED
+from experiments.store import Store, metrics
+from experiments.training import HELD, REPLAYED
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import SGD, Adagrad, Adam, Hyper, RMSprop, Rule
 
@@ -174,12 +174,12 @@ def plan(seeds: int, steps: int | None, log: Path) -> dict[str, Callable[[], dic
     """Every run."""
     return {
         key: partial(
-            study.train,
+            training.train,
             workload(row, reading, steps),
             READINGS[reading].make(row),
             seed,
             after=READINGS[reading].after if row.above else (),
-            log=log / study.slug(key),
+            log=log / training.slug(key),
         )
         for seed in range(seeds)
         for row in ROWS
@@ -188,9 +188,9 @@ def plan(seeds: int, steps: int | None, log: Path) -> dict[str, Callable[[], dic
     }
 
 
-def errors(store: study.Store, row: Row, reading: str, *path: str) -> list[float]:
+def errors(store: Store, row: Row, reading: str, *path: str) -> list[float]:
     """Of the seeds, infinite where a run diverged."""
-    return study.metrics(store.seeds(label(row, reading)), *path)
+    return metrics(store.seeds(label(row, reading)), *path)
 
 
 def lands(ours: list[float], theirs: Paper) -> bool:
@@ -217,21 +217,21 @@ def verdict(ours: list[float], theirs: list[float], number: Paper | None) -> str
     return "no, nor does the authors' code" + (", which agrees" if lands(ours, Paper(float(np.mean(theirs)), 0.0)) else "")
 
 
-def table(store: study.Store) -> str:
+def table(store: Store) -> str:
     """Markdown: a line for each row of the paper, under it torch.optim with the values held, and with the whole schedule."""
     head = ["test error, %", "paper", *READINGS, "paper's number reached", "defaults better", "linear too"]
     lines = []
     for row in ROWS:
         better = [beats(errors(store, row, f"defaults{end}"), errors(store, row, f"paper{end}")) for end in ("", ", linear")]
-        cells = [study.mean_sd(errors(store, row, reading)) for reading in READINGS]
+        cells = [tables.mean_sd(errors(store, row, reading)) for reading in READINGS]
         reached = verdict(errors(store, row, "paper"), errors(store, row, "authors"), row.tower)
         lines.append([row.name, _written(row.tower), *cells, reached, *(better if row.above else ["", ""])])
         if row.above:
-            held = [study.mean_sd(errors(store, row, reading, HELD)) + _ends(store, row, reading) for reading in READINGS]
+            held = [tables.mean_sd(errors(store, row, reading, HELD)) + _ends(store, row, reading) for reading in READINGS]
             reached = verdict(errors(store, row, "paper", HELD), [], row.held)
             lines.append(["→ learned values held", _written(row.held), *held, reached, "", ""])
             if row.beta2 == 0.999:
-                cells = [study.mean_sd(errors(store, row, reading, REPLAYED)) for reading in READINGS]
+                cells = [tables.mean_sd(errors(store, row, reading, REPLAYED)) for reading in READINGS]
                 lines.append(["→ learned schedule replayed", "", *cells, "", "", ""])
     protocol = store.result["protocol"]
     shortened = f", at most {protocol['steps']} steps" if protocol["steps"] else ""
@@ -247,19 +247,19 @@ def table(store: study.Store) -> str:
     ]
     wins = sum(better == "yes" for _, _, better in compared)
     count = f"Our defaults are better than the paper's settings in {wins} of {len(compared)} towers and models."
-    return f"{title}\n\n{study.table(head, lines)}\n{count} {DIFFERENCES}\n"
+    return f"{title}\n\n{tables.markdown(head, lines)}\n{count} {DIFFERENCES}\n"
 
 
 def _written(number: Paper | None) -> str:
     return f"{number.mean:.2f} ± {number.sd:.2f}" if number else ""
 
 
-def _ends(store: study.Store, row: Row, reading: str) -> str:
-    shown = study.ends(store.seeds(label(row, reading)))
+def _ends(store: Store, row: Row, reading: str) -> str:
+    shown = tables.ends(store.seeds(label(row, reading)))
     return f" ({shown})" if shown else ""
 
 
-def draw(store: study.Store, path: Path) -> None:
+def draw(store: Store, path: Path) -> None:
     """Left the table as points, right the learned learning rates."""
     seeds = store.result["protocol"]["seeds"]
     figure = Figure(figsize=(15, 11), layout="constrained")
@@ -281,7 +281,7 @@ def draw(store: study.Store, path: Path) -> None:
     left.set_yticks(range(len(ROWS)), [row.name for row in ROWS], fontsize=8)
     left.invert_yaxis()
     left.set(xscale="log", xlabel=f"test error, % (mean ± sd of {seeds} seeds)")
-    study.decimal_ticks(left.xaxis)
+    plots.decimal_ticks(left.xaxis)
     left.grid(alpha=0.3)
     left.legend(
         fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.05), title="linear: no tanh on the output", title_fontsize=8
@@ -293,16 +293,16 @@ def draw(store: study.Store, path: Path) -> None:
     figure.savefig(path, dpi=72)
 
 
-def _courses(axes: Axes, store: study.Store, rows: Iterable[Row]) -> None:
+def _courses(axes: Axes, store: Store, rows: Iterable[Row]) -> None:
     """The learned lr of these towers."""
     for color, row in enumerate(rows):
         for reading, style in ("paper, linear", "--"), ("defaults, linear", "-"):
             shown = f"{row.name.partition(', ')[2]}, {reading.partition(',')[0]}"
-            lines = study.courses(store.seeds(label(row, reading)), "0.lr")
-            study.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=shown)
+            lines = plots.courses(store.seeds(label(row, reading)), "0.lr")
+            plots.band(axes, lines, color=f"C{color}", linestyle=style, linewidth=1.2, label=shown)
         axes.set_title(f"{row.rule.__name__} from lr {START[row.rule]:g}, no tanh on the output", fontsize=9)
     axes.set(yscale="log", xlabel="step", ylabel="learned lr (band: seeds)")
-    study.finish(axes, fontsize=6)
+    plots.finish(axes, fontsize=6)
 
 
 def _sd(errors: list[float]) -> float:
@@ -310,25 +310,24 @@ def _sd(errors: list[float]) -> float:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: study.Steps = None,
-    jobs: study.Jobs = 1,
-    again: study.Again = None,
-    out: study.Out = Path("experiments/results"),
-    log: study.Log = Path("runs/mnist_table"),
-    figures: study.Figures = False,
+    seeds: cli.Seeds = 3,
+    steps: cli.Steps = None,
+    jobs: cli.Jobs = 1,
+    again: cli.Again = None,
+    out: cli.Out = cli.RESULTS,
+    log: cli.Log = Path("runs/mnist_table"),
+    figures: cli.Figures = False,
 ) -> None:
     """Run what is missing, print the table and draw the figure."""
     torch.set_num_threads(1)
-    store = study.Store(out / "mnist_table.json", seeds=seeds, steps=steps)
+    store = Store(out / "mnist_table.json", seeds=seeds, steps=steps)
     store.forget(again or ())
     if not figures:
         store.complete(plan(seeds, steps, log), jobs)
-    study.publish(store, table(store), draw)
+    cli.publish(store, table(store), draw)
 
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

@@ -35,9 +35,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
-from experiments import data, provenance, study
+from experiments import cli, plots, provenance, store, tables, training
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import Hyper
 
@@ -81,7 +80,7 @@ TOWERS = {
     "Adam / Adam": Method("Adam(lr={lr}) / Adam"),
     "SGD(momentum=0.9) / Adam": Method("SGD(lr={lr}, momentum=0.9) / Adam"),
     SMALL_EPS: Method("ScheduleFree(Adam)(lr={lr}) / Adam"),
-    RECOMMENDED: Method(study.auto),
+    RECOMMENDED: Method(training.auto),
 }
 PEERS = {
     "Schedule-Free AdamW": Method(lambda model, lr: [schedulefree.AdamWScheduleFree(model.parameters(), lr=lr)], grid=1e-2),
@@ -143,9 +142,10 @@ def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
     """The metric at the end (None: not finite), the last training loss, the seconds and the lr that was learned."""
     method = METHODS.get(run.method) or Method(run.method)
     make = partial(stepped, method, run.start, workload.steps)
-    found = study.train(workload, make, run.seed, validation=run.validation, device=device)
+    found = training.train(workload, make, run.seed, validation=run.validation, device=device)
     kept = {name: found[name] for name in ("metric", "loss", "steps", "seconds")}
-    return kept | ({"lr": found["courses"]["0.lr"][-1]} if run.method == RECOMMENDED or isinstance(method.make, str) else {})
+    learned = {"lr": found["courses"]["0.lr"][-1]} if run.method == RECOMMENDED or isinstance(method.make, str) else {}
+    return {**kept, **learned, "device": device}
 
 
 def methods(workload: Workload, device: str | None = None) -> dict[str, Method]:
@@ -272,28 +272,26 @@ def table(result: dict[str, Any], workload: Workload) -> str:
         return "" if value is None else f"{value:.2f}" if math.isfinite(value) else "diverged"
 
     head = [f"{measured} from lr", *(f"{start:.0e}" for start in STARTS), "worst", "worst / best", "best of the grid"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for name, (scores, best) in summary(result, workload).items():
         means = [found.mean for found in scores.values()]
         finished = len(means) == len(extent(name, workload, result["full"])[0])
         spread = [cell(max(means)), cell(max(means) / min(means) if math.isfinite(max(means)) else math.inf)] if finished else ["", ""]
         tuned = f"{cell(best[1].mean)} at {best[0]:g}" if best else ""
         rows.append([name, *(cell(scores[start].mean) if start in scores else "" for start in STARTS), *spread, tuned])
-    lines = [f"{workload.title}; mean of the seeds.", "", *("| " + " | ".join(row) + " |" for row in rows)]
-    small = [
-        (
-            name,
-            value,
-            [score(result["runs"], text.format(name=name, value=value), 1e-3, 3, result["validation"]) for text in BAD_TOWERS.values()],
-        )
+    text = f"{workload.title}; mean of the seeds.\n\n{tables.markdown(head, rows)}"
+    bad = {
+        f"{name} {value:g}": [
+            score(result["runs"], tower.format(name=name, value=value), 1e-3, 3, result["validation"]) for tower in BAD_TOWERS.values()
+        ]
         for name, values in BAD.items()
         for value in values
-    ]
-    if workload.name == "m3" and any(any(scores) for _, _, scores in small):
-        lines += ["", "From lr 1e-3 and one bad value of another hyperparameter; mean of 3 seeds.", ""]
-        lines += [f"| {measured} from | " + " | ".join(BAD_TOWERS) + " |", "| --- " * (1 + len(BAD_TOWERS)) + "|"]
-        lines += [f"| {name} {value:g} | " + " | ".join(cell(s and s.mean) for s in scores) + " |" for name, value, scores in small]
-    return "\n".join(lines) + "\n"
+    }
+    if workload.name == "m3" and any(map(any, bad.values())):
+        rows = [[start, *(cell(s and s.mean) for s in scores)] for start, scores in bad.items()]
+        text += "\nFrom lr 1e-3 and one bad value of another hyperparameter; mean of 3 seeds.\n\n"
+        text += tables.markdown([f"{measured} from", *BAD_TOWERS], rows)
+    return text
 
 
 def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
@@ -310,7 +308,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
         axes.set(
             xscale="log", yscale="log", xlabel="initial lr (Prodigy, D-Adapt: d0)" if axes is right else "initial lr", xlim=(5e-9, 2e2)
         )
-        study.decimal_ticks(axes.yaxis)
+        plots.decimal_ticks(axes.yaxis)
         axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
         if any(name in lines for name in names):
@@ -358,10 +356,10 @@ def main(
     full: Annotated[bool, typer.Option(help="every method from all eleven starts, 3 seeds, and the whole half-decade grid")] = False,
     validation: Annotated[bool, typer.Option(help="measure on held-out training data and leave the test data alone")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="fewer steps than the protocol has, to try the script")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="processes of one thread each")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/results"),
-    figures: Annotated[bool, typer.Option(help="draw from the results that are there, train nothing")] = False,
+    jobs: cli.Jobs = 1,
+    device: cli.Device = "cpu",
+    out: cli.Out = cli.RESULTS,
+    figures: cli.Figures = False,
 ) -> None:
     """Run what is missing, and draw the figure."""
     if workload not in WORKLOADS:
@@ -385,24 +383,15 @@ def main(
     for key in [key for key in result["runs"] if key.partition(" | ")[0] in (again or ())]:
         del result["runs"][key]
     out.mkdir(parents=True, exist_ok=True)
-    origin = provenance.origin()
     while not figures and (missing := plan(chosen, result["runs"], full, method or (), validation, device)):
-        try:
-            tasks = {run.key: partial(train, run, chosen, device) for run in missing}
-            for key, found in tqdm(study.execute(tasks, jobs), total=len(tasks), unit="run"):
-                result["runs"][key] = {**found, "device": device, **origin}
-                study.write(result, path, indent=1)
-        except data.DataNotFoundError as error:
-            raise typer.BadParameter(str(error), param_hint="--workload") from error
+        store.run_missing(result, path, {run.key: partial(train, run, chosen, device) for run in missing}, jobs, indent=1)
     text = table(result, chosen)
     path.with_suffix(".md").write_text(text)
     draw(result, chosen, path.with_suffix(".png"))
     print(text)
 
 
-# Plain click messages: an unknown workload is one line, not a box.
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-app.command()(main)
+app = cli.command(main)
 
 if __name__ == "__main__":
     app()

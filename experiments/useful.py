@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,9 +25,8 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
-from experiments import data, models, provenance
+from experiments import cli, data, models, provenance, store, tables
 from hyperopt import Hyper, Recorder
 
 EVERY = 5  # steps between two points of a learned curve
@@ -154,17 +154,16 @@ def table(runs: dict[str, dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], measured: str) -> list[str]:
     """The table as markdown."""
-    lines = [
-        f"| lr | learned, from (good value) | data | good held, {measured} error % | bad held | learned | recovered | value at the end |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["lr", "learned, from (good value)", "data", f"good held, {measured} error %"]
+    head += ["bad held", "learned", "recovered", "value at the end"]
+    lines = []
     for row in rows:
-        errors = " | ".join(f"{row[what]['mean']:.2f} ± {row[what]['sd']:.2f}" for what in HELD)
+        errors = [f"{row[what]['mean']:.2f} ± {row[what]['sd']:.2f}" for what in HELD]
         recovered = row["verdict"] if row["recovered"] is None else f"{100 * row['recovered']:.0f} %"
         what = f"{row['rule']} {row['name']}, {row['bad value']:g} ({row['good value']:g})"
         ends = ", ".join(f"{end:.2g}" for end in row["end"])
-        lines.append(f"| {row['variant'].split()[1]} | {what} | {DATASETS[row['dataset']]} | {errors} | {recovered} | {ends} |")
-    return lines
+        lines.append([row["variant"].split()[1], what, DATASETS[row["dataset"]], *errors, recovered, ends])
+    return tables.markdown(head, lines).splitlines()
 
 
 def reasons(rows: list[dict[str, Any]]) -> list[str]:
@@ -227,12 +226,12 @@ def _errors(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    seeds: cli.Seeds = 3,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     validation: Annotated[bool, typer.Option(help="measure on held-out training images, into useful_validation.json")] = False,
     again: Annotated[list[str] | None, typer.Option(help="forget the results of this tower; may be repeated")] = None,
-    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("experiments/results"),
-    figures: Annotated[bool, typer.Option(help="draw from the results that are there, train nothing")] = False,
+    out: cli.Out = cli.RESULTS,
+    figures: cli.Figures = False,
 ) -> None:
     """Run every row, print the table and draw the figure."""
     all_towers = list(dict.fromkeys(tower for case in CASES for v in VARIANTS for tower in towers(case, v).values()))
@@ -251,13 +250,11 @@ def main(
     missing = [run for run in wanted if key(*run) not in runs]
     if missing and not figures:
         torch.set_flush_denormal(True)  # v at beta2 = 0.1 decays below 1e-38, where arithmetic is ten times slower
-        origin = provenance.origin()
         images = {name: data.load(name, validation=validation) for name in DATASETS}
-        for dataset, tower, seed in tqdm(missing, unit="run"):
-            runs[key(dataset, tower, seed)] = train(tower, images[dataset], seed, epochs) | origin
-            path.write_text(json.dumps(result) + "\n")
+        tasks = {key(dataset, tower, seed): partial(train, tower, images[dataset], seed, epochs) for dataset, tower, seed in missing}
+        store.run_missing(result, path, tasks)
     result |= {"seeds": seeds, "table": table(runs, seeds)}
-    path.write_text(json.dumps(result) + "\n")
+    store.write(result, path)
     draw(result, result["table"], seeds, path.with_suffix(".png"))
     print("\n".join([*show(result["table"], measured), "", *reasons(result["table"])]))
 

@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from typer.testing import CliRunner
 
-from experiments import char_rnn, cifar, data, exponent, gpt, models, published, study, workloads
-from experiments.study import REPLAYED
+from experiments import char_rnn, cifar, data, exponent, gpt, models, plots, published, tables, training, workloads
+from experiments.store import Store, metrics
+from experiments.training import REPLAYED
 from hyperopt import SGD, Adam, Hyper, HyperOptimizer, Real
 
 SCRIPTS = {"cifar_resnet20": cifar, "exponent_resnet20": exponent, "char_rnn": char_rnn, "gpt": gpt}
@@ -230,7 +231,7 @@ def test_every_cell_is_run_and_can_be_sent_to_a_process(name):
     for key, task in plan.items():
         again = pickle.loads(pickle.dumps(task))
         assert again.args[2] == int(key[-1])
-        (optimizer, *_) = study.started(again.args[1], net())
+        (optimizer, *_) = training.bind(again.args[1], net())
         plain = " | held " in f" | {key}" or any(label in key for label in ("held | ", "cosine", "hand-made", "torch.optim"))
         if isinstance(optimizer, HyperOptimizer):
             assert bool(optimizer.tower.above) != plain, key
@@ -266,36 +267,36 @@ def run(metric, **courses):
 
 def test_what_tables_are_made_of():
     runs = [run(1.0, **{"0.lr": [1, 2], "0.eta": [3, 4], "1.lr": [9, 9]}), run(2.0, **{"0.lr": [1, 4], "0.eta": [3, None]})]
-    assert study.metrics(runs) == [1.0, 2.0]
-    assert study.ends(runs) == "2 to 4, not finite"
-    assert study.ends(runs[:1], ["eta"]) == "4"
-    assert study.ends([]) == ""
-    assert study.replay(runs) == "–"
+    assert metrics(runs) == [1.0, 2.0]
+    assert tables.ends(runs) == "2 to 4, not finite"
+    assert tables.ends(runs[:1], ["eta"]) == "4"
+    assert tables.ends([]) == ""
+    assert tables.replay(runs) == "–"
     runs[1][REPLAYED] = {"metric": None}
-    assert study.replay(runs) == "2.00 → diverged"
+    assert tables.replay(runs) == "2.00 → diverged"
     cells = {"a": [[1.0, 2.0], [5.0], [3.0]], "b": [[2.0], [4.0], []], "c": [[np.inf], [np.inf], [2.0]]}
-    rows = study.compare(cells, ["a"], ["b", "c"]).splitlines()
+    rows = tables.compare(cells, ["a"], ["b", "c"]).splitlines()
     assert rows[-1] == "| a | 1 of 2 | 2 of 3 |"
 
 
 def test_a_band_is_the_mean_and_the_extent_of_whole_lines():
     axes = Figure().subplots()
-    study.band(axes, [([1, 2, 3], [1.0, 2.0, None]), ([1, 2, 3], [3.0, np.inf, 1.0]), ([1, 2], [9.0, 9.0])], top=6, color="C3")
+    plots.band(axes, [([1, 2, 3], [1.0, 2.0, None]), ([1, 2, 3], [3.0, np.inf, 1.0]), ([1, 2], [9.0, 9.0])], top=6, color="C3")
     (line,) = axes.lines
     np.testing.assert_array_equal(line.get_ydata(), [2, 4, np.nan])
     (band,) = axes.collections
     assert band.get_datalim(axes.transData).y0 == pytest.approx(1)
     assert band.get_datalim(axes.transData).y1 == pytest.approx(6)
-    study.band(axes, [])
-    study.against(axes, {0.1: [run(1.0), run(3.0)], 1.0: [], 10.0: [run(None), run(4.0)]}, top=8)
+    plots.band(axes, [])
+    plots.against(axes, {0.1: [run(1.0), run(3.0)], 1.0: [], 10.0: [run(None), run(4.0)]}, top=8)
     np.testing.assert_array_equal(axes.lines[1].get_xdata(), [0.1, 10])
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), [2, 6])
-    study.finish(axes)
+    plots.finish(axes)
     assert axes.get_legend() is None
 
 
 def test_the_answer_to_how_eta_is_chosen(tmp_path):
-    store = study.Store(tmp_path / "x.json", seeds=1, title="title")
+    store = Store(tmp_path / "x.json", seeds=1, title="title")
     error = {"held": [9, 8, 7, 4, 5, 60], "eta": [8, 7, 6, 5, 6, 7], "lr": [7, 7, 7, 5, 6, 6.5], "both": [5, 5, 5, 6, 5.5, 5]}
     assert exponent.answer(store) == []
     for method, values in error.items():
@@ -312,7 +313,7 @@ def test_the_answer_to_how_eta_is_chosen(tmp_path):
 
 
 def test_the_best_peak_is_the_mean_of_its_seeds(tmp_path):
-    store = study.Store(tmp_path / "x.json", seeds=2)
+    store = Store(tmp_path / "x.json", seeds=2)
     assert gpt.best(store) == gpt.PEAKS[0]
     for peak, losses in {3e-4: (1.0, 4.0), 3e-3: (2.0, 2.0), 3e-2: (None, 0.1)}.items():
         store.runs.update({f"{gpt.name('cosine', peak)} | {seed}": run(loss) for seed, loss in enumerate(losses)})

@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import StepLR
 from typer import BadParameter
 from typer.testing import CliRunner
 
-from experiments import data, heights, mnist_table, models, published, study, workloads
-from experiments.study import HELD, REPLAYED
+from experiments import data, heights, mnist_table, models, pool, provenance, published, tables, training, workloads
+from experiments.store import Store
+from experiments.training import HELD, REPLAYED
 from experiments.workloads import WORKLOADS
 from hyperopt import SGD, Adam, AdamW, Hyper, RMSprop, ScheduleFree, batch_statistics
 
@@ -41,7 +42,7 @@ def small():
 
 
 def test_a_tower_and_what_follows_on_plain_torch(small):
-    found = study.train(small, "Adam(lr=1e-3, learn=(lr, beta1)) / Adam(lr=0.05)", 1, after=(HELD, REPLAYED), evaluations=3)
+    found = training.train(small, "Adam(lr=1e-3, learn=(lr, beta1)) / Adam(lr=0.05)", 1, after=(HELD, REPLAYED), evaluations=3)
     assert found["curve"]["step"] == [10, 20, 30]
     assert found["curve"]["metric"][-1] == found["metric"]
     assert found["courses"].keys() == {"step", "0.lr", "0.beta1"}
@@ -50,10 +51,10 @@ def test_a_tower_and_what_follows_on_plain_torch(small):
     assert max(lrs) > 1.5 * min(lrs), "nothing was learned: the comparisons below say nothing"
     assert found[REPLAYED]["loss"] == pytest.approx(found["loss"], rel=1e-4)
     assert found[REPLAYED]["metric"] == found["metric"]
-    constant = study.train(small, f"Adam(lr={lrs[-1]}, beta1={found['courses']['0.beta1'][-1]})", 1)
+    constant = training.train(small, f"Adam(lr={lrs[-1]}, beta1={found['courses']['0.beta1'][-1]})", 1)
     assert found[HELD]["loss"] == pytest.approx(constant["loss"], rel=1e-3)
     assert abs(found[HELD]["loss"] - found["loss"]) > 0.01 * found["loss"]
-    other = study.train(small, "Adam(lr=1e-3, learn=(lr, beta1)) / Adam(lr=0.05)", 2)
+    other = training.train(small, "Adam(lr=1e-3, learn=(lr, beta1)) / Adam(lr=0.05)", 2)
     assert other["loss"] != found["loss"]
 
 
@@ -63,12 +64,12 @@ def stepped(model):
 
 
 def test_a_schedule_of_torch_is_recorded_as_it_was_used(small):
-    found = study.train(small, stepped, 0)
+    found = training.train(small, stepped, 0)
     assert found["courses"]["0.lr"] == [1.0] * 10 + [0.1] * 10 + [0.01] * 10
 
 
 def test_what_diverges_is_recorded_as_such_in_json(small):
-    found = study.train(replace(small, steps=200), "SGD(lr=1e38)", 0)
+    found = training.train(replace(small, steps=200), "SGD(lr=1e38)", 0)
     assert found["metric"] is None
     assert found["loss"] is None
     assert found["steps"] < 200
@@ -94,7 +95,7 @@ class ByLoss(workloads.Workload):
 def test_an_average_is_evaluated_with_statistics_of_its_own(small):
     workload = ByLoss(**{**vars(small), "make": normed})
     tower = Hyper(ScheduleFree(Adam), lr=1e-2).stack(Adam)
-    found = study.train(workload, tower, 0, evaluations=2)
+    found = training.train(workload, tower, 0, evaluations=2)
     model = workload.model(0)
     optimizer = tower.bind(model.parameters())
     for x, y in workload.batches(0):
@@ -119,7 +120,7 @@ def test_tensorboard_and_the_observer(small, tmp_path, metric, tag):
         seen.append(step)
         writer.add_scalar("observed", step, step)
 
-    study.train(replace(small, metric=metric), "SGD / Adam", 0, evaluations=2, log=tmp_path, observe=observe)
+    training.train(replace(small, metric=metric), "SGD / Adam", 0, evaluations=2, log=tmp_path, observe=observe)
     assert seen == [15, 30]
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("observed")] == [(15, 15), (30, 30)]
@@ -128,7 +129,7 @@ def test_tensorboard_and_the_observer(small, tmp_path, metric, tag):
 
 
 def test_a_long_run_is_thinned_and_keeps_its_ends():
-    columns = study.thin(torch.arange(1, 1001).numpy(), {"0.lr": torch.arange(1000).double().numpy()}, points=7)
+    columns = training.thin(torch.arange(1, 1001).numpy(), {"0.lr": torch.arange(1000).double().numpy()}, points=7)
     assert len(columns["step"]) == len(columns["0.lr"]) == 7
     assert (columns["step"][0], columns["step"][-1]) == (1, 1000)
     assert columns["0.lr"] == [step - 1 for step in columns["step"]]
@@ -147,7 +148,7 @@ def test_a_long_run_is_thinned_and_keeps_its_ends():
 )
 def test_plain_is_level_0(tower):
     models_, optimizers = [net(), net()], []
-    for model, make in zip(models_, (tower.bind, partial(study.plain, tower.stack(SGD))), strict=True):
+    for model, make in zip(models_, (tower.bind, partial(training.plain, tower.stack(SGD))), strict=True):
         optimizers.append(make(model.parameters()))
         for step in range(10):
             backward(model, step)
@@ -174,13 +175,13 @@ def fail():
 
 def test_a_store_goes_on_where_it_was_killed(tmp_path):
     path = tmp_path / "results" / "x.json"
-    store = study.Store(path, steps=3)
+    store = Store(path, steps=3)
     with pytest.raises(Killed):
         store.complete({"a": partial(ok, 1.0), "b": fail, "c": partial(ok, 3.0)})
     assert json.loads(path.read_text())["runs"].keys() == {"a"}
-    again = study.Store(path, steps=3)
+    again = Store(path, steps=3)
     again.complete({"a": fail, "b": partial(ok, None), "c": partial(ok, 3.0)})
-    assert study.Store(path, steps=3).metrics(["a", "b", "c", "d"]) == [1.0, math.inf, 3.0]
+    assert Store(path, steps=3).metrics(["a", "b", "c", "d"]) == [1.0, math.inf, 3.0]
     before = path.stat().st_mtime_ns
     again.complete({"a": fail})
     assert path.stat().st_mtime_ns == before
@@ -190,18 +191,18 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path):
     for part in again.result["machine"], again.result["commit"], "torch":
         assert part in again.caption()
     with pytest.raises(BadParameter, match=r"holds runs of \{'steps': 3\}, not of \{'steps': 4\}"):
-        study.Store(path, steps=4)
+        Store(path, steps=4)
 
 
 def test_a_caption_names_every_machine_torch_and_commit(monkeypatch, tmp_path):
-    store = study.Store(tmp_path / "x.json")
+    store = Store(tmp_path / "x.json")
     store.result |= {"command": "first", "machine": "slow", "torch": "2.11", "commit": "aaa"}
     store.runs["of before machines were kept"] = {"metric": 1.0, "commit": "bbb"}
-    monkeypatch.setattr(study.provenance, "origin", lambda: {"machine": "fast", "torch": "2.14", "commit": "ccc"})
+    monkeypatch.setattr(provenance, "origin", lambda: {"machine": "fast", "torch": "2.14", "commit": "ccc"})
     store.complete({"new": partial(ok, 2.0), "newer": partial(ok, 3.0)})
     caption = "first · slow · torch 2.11; fast · torch 2.14 · commit bbb, ccc"
-    assert study.Store(store.path).caption() == caption
-    lines = study.provenance.caption(store.result, 30).splitlines()  # under a figure that is no wider
+    assert Store(store.path).caption() == caption
+    lines = provenance.caption(store.result, 30).splitlines()  # under a figure that is no wider
     assert " ".join(lines) == caption
     assert len(lines) > 1
     assert max(map(len, lines)) <= 30
@@ -209,7 +210,7 @@ def test_a_caption_names_every_machine_torch_and_commit(monkeypatch, tmp_path):
 
 def test_processes_have_one_thread_and_read_data_once(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    found = dict(study.execute({"threads": torch.get_num_threads, "other": partial(ok, 1.0)}, jobs=2))  # pyright: ignore[reportArgumentType]
+    found = dict(pool.execute({"threads": torch.get_num_threads, "other": partial(ok, 1.0)}, jobs=2))
     assert found == {"threads": 1, "other": {"metric": 1.0}}
     workload = replace(WORKLOADS["m3"], read=partial(data.load, "digits"))
     next(workload.batches(0))
@@ -230,13 +231,13 @@ def test_missing_data_is_one_clean_line(tmp_path, monkeypatch):
 
 
 def test_numbers_in_tables():
-    assert study.mean_sd([]) == "–"
-    assert study.mean_sd([1.0, math.inf]) == "diverged"
-    assert study.mean_sd([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert study.mean_sd([1.5]) == "1.50"
-    assert study.mean_sd([2.3e30]) == "2.3e+30"
-    assert study.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
-    assert study.slug("SGD(0.01), lr / Adam(0.1) | paper | 0") == "SGD(0.01)_lr_Adam(0.1)_paper_0"
+    assert tables.mean_sd([]) == "–"
+    assert tables.mean_sd([1.0, math.inf]) == "diverged"
+    assert tables.mean_sd([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert tables.mean_sd([1.5]) == "1.50"
+    assert tables.mean_sd([2.3e30]) == "2.3e+30"
+    assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert training.slug("SGD(0.01), lr / Adam(0.1) | paper | 0") == "SGD(0.01)_lr_Adam(0.1)_paper_0"
 
 
 # ---- the MNIST table

@@ -1,0 +1,89 @@
+"""Command lines of the scripts: common options, and a command that prints its errors on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from experiments import models
+from experiments.store import Store
+from experiments.workloads import cifar10
+
+RESULTS = Path("experiments/results")
+Seeds = Annotated[int, typer.Option(min=1, help="number of seeds")]
+Steps = Annotated[int | None, typer.Option(min=1, help="stop each run after this many steps, to try the script")]
+Jobs = Annotated[int, typer.Option(min=1, help="number of processes, of one thread each")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+Again = Annotated[list[str] | None, typer.Option(help="forget the runs whose key begins with this; may be repeated")]
+Out = Annotated[Path, typer.Option(help="folder of the results")]
+Log = Annotated[Path, typer.Option(help="folder of the TensorBoard logs, which has a folder for each run")]
+Figures = Annotated[bool, typer.Option(help="only draw the figure and the table from existing results")]
+
+
+def command(main: Callable[..., None]) -> typer.Typer:
+    """The command line of a script; an invalid option is reported on one line, without a box or a traceback."""
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    return app
+
+
+def publish(store: Store, text: str, draw: Callable[[Store, Path], None]) -> None:
+    """Print the table of an experiment, and write it and the figure beside the results.
+
+    Raises:
+        typer.BadParameter: there are no results.
+    """
+    if not store.runs:
+        raise typer.BadParameter(f"{store.path} holds no runs: leave --figures out to make them", param_hint="--figures")
+    store.path.with_suffix(".md").write_text(text)
+    draw(store, store.path.with_suffix(".png"))
+    print(text)
+
+
+def cifar_command(
+    script: str,
+    epochs: int,
+    plan: Callable[..., Mapping[str, Callable[[], dict[str, Any]]]],
+    table: Callable[[Store], str],
+    draw: Callable[[Store, Path], None],
+) -> typer.Typer:
+    """The command line of a script that trains the networks of `models.CIFAR` on CIFAR-10.
+
+    Args:
+        script: name of the script; the names of its results begin with it.
+        epochs: default number of epochs.
+        plan: returns all runs by key, from the workload, the number of seeds, the folder of the logs and options of `training.train`.
+        table: returns the results in Markdown.
+        draw: draws the figure.
+    """
+
+    def main(
+        model: Annotated[str, typer.Option(help=f"one of {', '.join(models.CIFAR)}")] = "resnet20",
+        images: Annotated[int, typer.Option(min=5, help="training images, up to 50,000; a fifth as many test images are used")] = 20_000,
+        epochs: Annotated[int, typer.Option(min=1)] = epochs,
+        seeds: Seeds = 2,
+        steps: Steps = None,
+        jobs: Jobs = 1,
+        device: Device = "cpu",
+        again: Again = None,
+        out: Out = RESULTS,
+        log: Log = Path("runs") / script,
+        figures: Figures = False,
+    ) -> None:
+        """Run what is missing, print the table and draw the figure."""
+        if model not in models.CIFAR:
+            raise typer.BadParameter(f"{model!r} is none of {', '.join(models.CIFAR)}", param_hint="--model")
+        torch.set_num_threads(1)
+        workload = cifar10(model, images, epochs, steps)
+        store = Store(out / f"{script}_{model}.json", title=workload.title, steps=workload.steps, seeds=seeds, device=device)
+        store.forget(again or ())
+        if not figures:
+            # An evaluation takes as long as a twelfth of an epoch.
+            store.complete(plan(workload, seeds, log / model, evaluations=max(1, epochs // 10), device=device), jobs)
+        publish(store, table(store), draw)
+
+    return command(main)

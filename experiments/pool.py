@@ -1,0 +1,31 @@
+"""Independent tasks in several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+
+def execute(tasks: Mapping[str, Callable[[], Any]], jobs: int) -> Iterator[tuple[str, Any]]:
+    """Call every task, and yield its key and its result as soon as it has finished.
+
+    Args:
+        tasks: callables by key. With more than one job they must be picklable, as module-level functions and `functools.partial` are.
+        jobs: number of processes, each with one thread. 1 calls the tasks in this process, with the threads that it has.
+    """
+    if jobs == 1:
+        for key, task in tasks.items():
+            yield key, task()
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            keys = {pool.submit(task): key for key, task in tasks.items()}
+            for future in as_completed(keys):
+                yield keys[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
