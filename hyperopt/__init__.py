@@ -1,4 +1,9 @@
-"""Optimizers that learn their own hyperparameters while they train a model, in towers and trees of any height."""
+"""PyTorch optimizers that learn their own hyperparameters by gradient descent while they train a model.
+
+>>> import hyperopt, torch
+>>> hyperopt.Hyper(hyperopt.Adam).stack(hyperopt.SGD).bind(torch.nn.Linear(2, 1).parameters())
+HyperOptimizer(Adam / SGD, 2 tensors in 1 groups)
+"""
 
 from .batch_norm import batch_statistics
 from .domains import Domain, Interval, Positive, Real, UnitInterval

@@ -1,4 +1,4 @@
-"""Taking over a live `torch.optim.Optimizer`: its rule, its groups, its values and its state; or driving it, where it has no rule here."""
+"""Taking over a live `torch.optim.Optimizer`: its rule, groups, values and state; or driving it, if it has no rule in this library."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,22 +16,22 @@ from .rules.black_box import BlackBox
 
 @dataclass(frozen=True)
 class Counterpart:
-    """How a torch optimizer is written as a rule of this library."""
+    """How a torch optimizer maps to a rule of this library."""
 
     rule: Any
     state: Mapping[str, str]  # torch's name -> the rule's
     options: Mapping[str, str] = field(default_factory=dict)  # torch's name -> the rule's
-    apart: Mapping[str, str] = field(default_factory=dict)  # torch's state -> the hyperparameter in it that the rule keeps apart
+    included: Mapping[str, str] = field(default_factory=dict)  # torch's state -> a hyperparameter that it includes and the rule's does not
 
 
-# Entries of a group with only one value that can be taken over: a step here is never part of an autograd graph.
+# Entries of a group that can be taken over with one value only: a step of this library is never part of an autograd graph.
 ONLY = {"differentiable": False}
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
 ADAM = {**MOMENTS, "max_exp_avg_sq": "v_max"}
 DECOUPLED = {"decoupled_weight_decay": "decoupled"}
 COUNTERPARTS: dict[type[Optimizer], Counterpart] = {
     torch.optim.SGD: Counterpart(SGD, {"momentum_buffer": "b"}, {"nesterov": "nesterov"}),
-    torch.optim.Adagrad: Counterpart(Adagrad, {"sum": "v"}, apart={"sum": "initial_accumulator_value"}),
+    torch.optim.Adagrad: Counterpart(Adagrad, {"sum": "v"}, included={"sum": "initial_accumulator_value"}),
     torch.optim.RMSprop: Counterpart(RMSprop, {"square_avg": "v", "grad_avg": "m", "momentum_buffer": "b"}, {"centered": "centered"}),
     torch.optim.Adadelta: Counterpart(Adadelta, {"square_avg": "v", "acc_delta": "s"}),
     torch.optim.Adam: Counterpart(Adam, ADAM, {"amsgrad": "amsgrad", **DECOUPLED}),
@@ -43,10 +43,10 @@ COUNTERPARTS: dict[type[Optimizer], Counterpart] = {
 
 
 def rule_of(optimizer: Optimizer) -> Rule:
-    """The rule of this library that does what `optimizer` does, with the values of its first group; a black box if none does.
+    """The rule of this library that is equivalent to `optimizer`, with the values of its first group; a black box if there is none.
 
     Raises:
-        ValueError: groups that differ in what is one option here, or an optimizer that cannot be driven.
+        ValueError: groups that differ in an option that a tower has only once, or an optimizer that cannot be driven.
     """
     first = optimizer.param_groups[0]
     if type(optimizer) not in COUNTERPARTS:
@@ -60,13 +60,13 @@ def rule_of(optimizer: Optimizer) -> Rule:
                 )
         for name in (*counterpart.options, "maximize"):
             if group.get(name) != first.get(name):
-                raise ValueError(f"the groups differ in {name}, which is one option for the whole tower here: give each its own optimizer")
+                raise ValueError(f"the groups differ in {name}, which is one option of the whole tower: give each its own optimizer")
     options = {ours: first[theirs] for theirs, ours in counterpart.options.items() if theirs in first}
     return counterpart.rule(**_values(counterpart.rule(), first), **options)
 
 
 def groups_of(optimizer: Optimizer, rule: Rule) -> list[dict[str, Any]]:
-    """The parameter groups of `optimizer`, with the hyperparameters of `rule`."""
+    """The parameter groups of `optimizer`, with their values for the hyperparameters of `rule`."""
     groups = []
     for group in optimizer.param_groups:
         params = group["params"]
@@ -77,7 +77,7 @@ def groups_of(optimizer: Optimizer, rule: Rule) -> list[dict[str, Any]]:
 
 
 def state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
-    """A copy of the state of `optimizer`, by parameter and under the rule's names."""
+    """A copy of the state of `optimizer`, by parameter, under the names that its rule uses."""
     counterpart = COUNTERPARTS.get(type(optimizer))
     if counterpart is None:
         return {}
@@ -86,19 +86,19 @@ def state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            kept = {}
+            found = {}
             for theirs, ours in counterpart.state.items():
                 if state.get(theirs) is None:
                     continue
                 value = state[theirs].detach().to(p.device, dtype, copy=True)
-                if theirs in counterpart.apart:
-                    value -= group[counterpart.apart[theirs]]
-                # One number for a whole tensor, as NAdam's product, has a value per coordinate here.
-                kept[ours] = value if value.shape == p.shape else value.expand_as(p).clone()
+                if theirs in counterpart.included:
+                    value -= group[counterpart.included[theirs]]
+                # State that torch has once per tensor, such as NAdam's product, is per coordinate in this library.
+                found[ours] = value if value.shape == p.shape else value.expand_as(p).clone()
             if state:
-                # torch.optim.SGD does not count its steps; its rule asks only whether there was one.
-                steps = float(state.get("step", 1.0 if kept else 0.0))
-                out[p] = {"t": torch.as_tensor(steps, dtype=dtype, device=p.device), **kept}
+                # torch.optim.SGD does not count its steps, and its rule only asks whether there was one.
+                steps = float(state.get("step", 1.0 if found else 0.0))
+                out[p] = {"t": torch.as_tensor(steps, dtype=dtype, device=p.device), **found}
     return out
 
 
@@ -110,27 +110,31 @@ def _black_box(optimizer: Optimizer) -> BlackBox:
         )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{name}.step needs a closure and evaluates the model by itself: it cannot be driven by its displacement")
+        raise ValueError(
+            f"{name}.step needs a closure to evaluate the model itself and cannot be driven: give an optimizer that needs none"
+        )
     for group in optimizer.param_groups:
         if not isinstance(group.get("lr"), (float, int, Tensor)) or not float(group["lr"]) > 0:
-            raise ValueError(f"{name} has a group with lr = {group.get('lr')!r}: only an lr above 0 can be learned by displacement")
+            raise ValueError(
+                f"{name} has a group with lr = {group.get('lr')!r}: only an lr above 0 can be learned, set one in its param_groups"
+            )
         if bool(group.get("maximize")) != bool(optimizer.param_groups[0].get("maximize")):
-            raise ValueError("the groups differ in maximize, which is one option for the whole tower here: give each its own optimizer")
+            raise ValueError("the groups differ in maximize, which is one option of the whole tower: give each its own optimizer")
     return BlackBox(lr=float(optimizer.param_groups[0]["lr"]), optimizer=name)
 
 
-# At a smaller lr a displacement of float32 weights near 0.1 loses digits, and at 1e-8 all of them.
+# With a smaller lr the displacement of float32 weights near 0.1 loses digits; with 1e-8 it loses all of them.
 RESOLVED = 1e-3
 
 
 class Driven:
-    """A live optimizer that is asked for its displacement and leaves the weights where they are.
+    """A live optimizer that computes displacements and leaves the weights unchanged.
 
-    It steps with an lr of its own, which does not change, so that an lr that is learned never has to be read on the host.
+    It steps with a constant lr of its own, so that the learned lr never has to be read on the host.
 
     Args:
-        optimizer: it keeps its state, and its hyperparameters other than lr.
-        resolve: raise its lr to one at which displacements have enough digits; for optimizers that are linear in lr.
+        optimizer: the optimizer; it keeps its state and its hyperparameters other than lr.
+        resolve: raise its lr to at least 1e-3, so that displacements have enough digits; for optimizers that are linear in lr.
     """
 
     def __init__(self, optimizer: Optimizer, *, resolve: bool) -> None:
@@ -139,7 +143,7 @@ class Driven:
             group["lr"] = max(float(group["lr"]), RESOLVED) if resolve else float(group["lr"])
 
     def directions(self) -> dict[Tensor, Tensor]:
-        """(x − x₁)/lr₁ for every parameter that has a gradient, where a step would take x to x₁."""
+        """(x − x₁)/lr₁ for every parameter with a gradient, where x₁ is what a step with lr₁ makes of x."""
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         before = [p.detach().clone() for p in params]
         self.optimizer.step()
@@ -149,9 +153,9 @@ class Driven:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's optimizers copy and pickle their groups and state alone, not what a class of somebody else sets in its __init__.
-        torchs = vars(Optimizer([torch.zeros(())], {})).keys() | {"step"}  # "step": a scheduler's wrapper
-        own = {name: value for name, value in vars(self.optimizer).items() if name not in torchs}
+        # torch copies and pickles only an optimizer's groups and state, not the attributes that a third-party class sets in its __init__.
+        standard = vars(Optimizer([torch.zeros(())], {})).keys() | {"step"}  # "step": a scheduler's wrapper
+        own = {name: value for name, value in vars(self.optimizer).items() if name not in standard}
         return {"optimizer": self.optimizer, "own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm for averaged weights."""
+"""BatchNorm statistics for averaged weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,18 +11,19 @@ from torch.optim.swa_utils import update_bn
 
 @contextmanager
 def batch_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
-    """Inside this context BatchNorm layers hold the statistics of `batches` under the weights that the model has now.
+    """Context manager that gives BatchNorm layers the statistics of `batches` under the model's present weights.
 
-    The running statistics belong to the weights of training; averaged weights, under `optimizer.averaged()`, need their own.
-    On leaving, the statistics of training come back bit for bit. A model without BatchNorm runs no batch. Modes are kept.
+    Running statistics collected during training belong to the training weights; averaged weights, inside `optimizer.averaged()`, need
+    their own. On exit the training statistics are restored bit for bit. A model without BatchNorm runs no batch. The training or
+    evaluation mode of every module is preserved.
 
     Args:
         model: the model, with the weights to evaluate.
-        batches: inputs, or (input, target) pairs; some fifty batches of training data are enough.
+        batches: inputs, or (input, target) pairs; about fifty batches of training data are enough.
 
     Raises:
         ValueError: no batches for a model that has BatchNorm.
-        TypeError: no module, or batches that cannot be iterated over, or a single one.
+        TypeError: not a module; batches that cannot be iterated over, or a single batch.
 
     Source: Izmailov et al. 2018 (arXiv 1803.05407); the pass itself is torch.optim.swa_utils.update_bn.
 
@@ -34,11 +35,13 @@ def batch_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]
     ...     out = model.eval()(torch.randn(4, 2))
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"batch_statistics takes the model first, a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"batch_statistics takes the model first, a torch.nn.Module, got {type(model).__name__}: batch_statistics(model, batches)"
+        )
     if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batch_statistics takes a list or loader of batches, got {type(batches).__name__}: give [x] for a single one")
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
+    saved = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
     modes = {module: module.training for module in model.modules()}
     counted = _Counted(batches)
     try:
@@ -53,7 +56,7 @@ def batch_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]
         yield
     finally:
         with torch.no_grad():
-            for layer, buffers in zip(layers, kept, strict=True):
+            for layer, buffers in zip(layers, saved, strict=True):
                 for name, buffer in buffers.items():
                     getattr(layer, name).copy_(buffer)
 

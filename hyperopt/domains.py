@@ -1,4 +1,4 @@
-"""The sets in which hyperparameters live, and the unconstrained number through which each is learned."""
+"""The sets that hyperparameters live in, and the unconstrained numbers through which they are learned."""
 
 import math
 import numbers
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def complement(value: Tensor) -> Tensor:
-    """1 − value, for the decimal that was meant.
+    """1 − value, computed from the decimal number that was meant.
 
-    float32 holds 0.99900001 for 0.999, so that 1 − value is off by 1e-5 of itself. Where a decimal of seven digits rounds to
-    the same float32, it is taken instead; the derivative stays −1.
+    float32 stores 0.999 as 0.99900001, which puts 1 − value off by a relative 1e-5. If a decimal with seven digits rounds to the same
+    float32, the complement of that decimal is returned. The derivative is −1 in either case.
     """
     exact = 1 - value
     if value.dtype == torch.float64:
         return exact
     decimal = (exact * 1e7).round() / 1e7
-    # Added, as rounding has the derivative 0; the difference of two numbers so close is exact, and so is the sum.
+    # A detached correction, because rounding has derivative 0. Numbers this close have an exact difference and an exact sum.
     return exact + torch.where(1 - decimal == value, decimal - exact, 0.0).detach()
 
 
@@ -40,63 +40,72 @@ def number(argument: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class Domain(ABC):
-    """An open set of numbers and a smooth bijection between it and the real line.
+    """An open set of real numbers with a smooth bijection to the real line.
 
-    `value(raw)` is the hyperparameter, `raw(value)` the number that is learned; both are differentiable torch operations.
-    Values on the boundary of the set may be held, but not learned.
+    `value(raw)` is the hyperparameter and `raw(value)` the unconstrained number that is learned; both are differentiable torch
+    operations. A value on the boundary of the set can be held constant, but not learned.
     """
 
     @abstractmethod
     def value(self, raw: Tensor) -> Tensor:
-        """The hyperparameter that belongs to `raw`."""
+        """The hyperparameter for a raw number."""
 
     @abstractmethod
     def raw(self, value: Tensor) -> Tensor:
-        """The unconstrained number that belongs to `value`, which lies strictly inside."""
+        """The raw number for a value strictly inside the set."""
 
     @abstractmethod
     def bounds(self) -> tuple[float, float]:
-        """The end points of the set."""
+        """The lower and the upper bound of the set."""
 
     @abstractmethod
     def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """The interval of raw numbers whose values stay strictly inside the set when rounded to `dtype`."""
+        """The bounds between which a raw number has a value strictly inside the set, also after rounding to `dtype`."""
 
     def complement(self, raw: Tensor) -> Tensor:
-        """1 − value."""
+        """1 − value(raw), without cancellation where that is possible."""
         return 1 - self.value(raw)
 
     def scaled(self, raw: Tensor, factor: Tensor) -> Tensor:
-        """The raw number of `factor` times the value, exactly `raw` where factor is 1."""
-        value = self.value(raw)
-        return raw + (self.raw(value * factor) - self.raw(value))
+        """The raw number for `factor` times the value, or for the bound if that is outside the set; exactly `raw` if factor is 1."""
+        low, high = (self.value(raw.new_full((), limit)) for limit in self.raw_limits(raw.dtype))
+        value = self.value(raw).clamp(low, high)
+        return raw + (self.raw((value * factor).clamp(low, high)) - self.raw(value))
 
     def log_size(self, raw: Tensor) -> Tensor:
-        """log |value|, finite also where the value is 0."""
+        """log |value|; finite also if the value is 0."""
         value = self.value(raw).abs()
         return value.clamp_min(torch.finfo(value.dtype).tiny).log()
 
     def inside(self, value: float) -> bool:
-        """Whether `value` lies strictly inside, where it can be learned."""
+        """Whether `value` is strictly inside the set, so that it can be learned."""
         low, high = self.bounds()
         return low < value < high
 
     def admits(self, value: float) -> bool:
-        """Whether `value` lies inside or on the boundary, where it can be held."""
+        """Whether `value` is inside the set or on its boundary, so that it can be held constant."""
         low, high = self.bounds()
         return low <= value <= high and abs(value) <= sys.float_info.max  # an integer may be too large for math.isfinite
 
 
 @dataclass(frozen=True)
 class Positive(Domain):
-    """Positive numbers, learned through their logarithm: value = exp(scale·raw).
+    """The positive numbers, learned through their logarithm.
+
+        value = exp(scale·raw)
 
     Args:
-        scale: how far log value moves for a move of 1 of the raw number, above 0; default 1, as it suits lr, whose good values
-            spread over decades. Exponents, which spread over factors, are learned with 0.1.
+        scale: change of log value per unit change of the raw number, above 0. The default, 1, suits lr, whose good values span decades;
+            exponents, whose good values span a factor of a few, use 0.1.
 
     Raises:
         ValueError: a scale that is not above 0, or not finite.
+        TypeError: a scale that is not a number.
+
+    >>> import torch
+    >>> from hyperopt import Positive
+    >>> Positive().value(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0.3679, 1.0000, 2.7183])
     """
 
     scale: float = 1.0
@@ -125,7 +134,7 @@ class Positive(Domain):
         return 0.0, math.inf
 
     def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        # exp(89) is infinite in float32, and a subnormal is flushed to zero by some devices.
+        # exp(89) overflows float32, and some devices flush subnormal numbers to zero.
         info = torch.finfo(dtype)
         return (math.log(info.tiny) + 1) / self.scale, (math.log(info.max) - 1) / self.scale
 
@@ -138,7 +147,23 @@ class Positive(Domain):
 
 @dataclass(frozen=True)
 class Interval(Domain):
-    """The open interval (low, high), learned through the logit: value = low + (high − low)·sigmoid(raw)."""
+    """The open interval (low, high), learned through the logit.
+
+        value = low + (high − low)·sigmoid(raw)
+
+    Args:
+        low: the lower bound, finite.
+        high: the upper bound, finite and above low.
+
+    Raises:
+        ValueError: bounds that are not finite, or in the wrong order.
+        TypeError: bounds that are not numbers.
+
+    >>> import torch
+    >>> from hyperopt import Interval
+    >>> Interval(0, 10).value(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([2.6894, 5.0000, 7.3106])
+    """
 
     low: float
     high: float
@@ -147,7 +172,7 @@ class Interval(Domain):
         for name in ("low", "high"):
             object.__setattr__(self, name, number(f"Interval({name})", getattr(self, name)))
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"Interval({self.low!r}, {self.high!r}): both ends must be finite and low below high")
+            raise ValueError(f"Interval({self.low!r}, {self.high!r}): both ends must be finite and low below high, as in Interval(0, 1)")
 
     def value(self, raw: Tensor) -> Tensor:
         if self.bounds() == (0, 1):
@@ -159,7 +184,7 @@ class Interval(Domain):
         return ((value - self.low) / rest).log()
 
     def complement(self, raw: Tensor) -> Tensor:
-        # sigmoid(−raw) keeps every digit where 1 − sigmoid(raw) cancels: betas near 1 are the common case.
+        # sigmoid(−raw) keeps all digits where 1 − sigmoid(raw) cancels, which is the common case: betas are close to 1.
         if self.bounds() == (0, 1):
             return (-raw).sigmoid()
         return (1 - self.high) + (self.high - self.low) * (-raw).sigmoid()
@@ -168,22 +193,34 @@ class Interval(Domain):
         return self.low, self.high
 
     def raw_limits(self, dtype: torch.dtype) -> tuple[float, float]:
-        # The smallest share of the interval that still moves a value off either end after rounding. For (0, 1) in float32 raw
-        # stays within ±16.4, where sigmoid(17) would round to 1; elsewhere the ends themselves are rounded, which takes more.
+        # The smallest fraction of the interval that keeps a value off either end after rounding. For (0, 1) in float32 it bounds raw by
+        # ±16.4; sigmoid(17) would round to 1. In other intervals the ends are rounded too, which needs a larger margin.
         margin = 0.6 if self.bounds() == (0, 1) else 2.0
-        share = margin * torch.finfo(dtype).eps * max(abs(self.low), abs(self.high)) / (self.high - self.low)
-        limit = math.log(1 / share - 1) if share < 0.5 else 0.0
+        fraction = margin * torch.finfo(dtype).eps * max(abs(self.low), abs(self.high)) / (self.high - self.low)
+        limit = math.log(1 / fraction - 1) if fraction < 0.5 else 0.0
         return -limit, limit
 
 
 def UnitInterval() -> Interval:
-    """The open interval (0, 1), learned through the logit."""
+    """The open interval (0, 1), learned through the logit: the domain of betas and other decays.
+
+    >>> from hyperopt import UnitInterval
+    >>> UnitInterval()
+    Interval(low=0.0, high=1.0)
+    """
     return Interval(0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Real(Domain):
-    """Every real number, learned as it is; for lr this is what the paper does, and nothing then keeps lr positive."""
+    """All real numbers, learned directly: value = raw.
+
+    The paper learns lr like this; nothing then keeps lr positive.
+
+    >>> from hyperopt import SGD, Hyper, Real
+    >>> Hyper(SGD, domains={"lr": Real()}, horizon=1, trust=None).stack(SGD)
+    Hyper('SGD(horizon=1, trust=None, domains={lr: Real}) / SGD')
+    """
 
     def value(self, raw: Tensor) -> Tensor:
         return raw

@@ -1,4 +1,4 @@
-"""Sets in which the weights of a group must stay, and the projection onto them after every step."""
+"""Feasible sets: constraints on the weights of a parameter group, with the projection that follows every step."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from .domains import number
 
 Metric = Tensor | float
 
-# Newton's iteration on 1/‖x(λ)‖ doubles its digits once it is near: metrics that spread over 10 decades need 11 for float64's rounding.
+# Newton's iteration on 1/‖x(λ)‖ converges quadratically: metrics that span 10 decades need 11 iterations to reach float64's rounding error.
 ITERATIONS = 12
 
 
@@ -23,23 +23,23 @@ class Feasible(ABC):
 
     @abstractmethod
     def project(self, ys: list[Tensor], metrics: list[Metric]) -> list[Tensor]:
-        """The point x of the set that is nearest to y, by (x − y)ᵀ H (x − y).
+        """The point x of the set that minimises (x − y)ᵀ H (x − y).
 
         Args:
-            ys: the weights of a group as one vector, in several tensors.
-            metrics: the diagonal of H for each, up to a common factor: positive.
+            ys: the weights of a group: one vector, split into several tensors.
+            metrics: the diagonal of H for each of them, positive, up to a common factor.
         """
 
 
 @dataclass(frozen=True)
 class Box(Feasible):
-    """Every weight between two bounds: lo ≤ x ≤ hi.
+    """Bounds on every weight: lo ≤ x ≤ hi.
 
-    The nearest point is the same in every diagonal metric: x = min(max(y, lo), hi).
+        x = min(max(y, lo), hi)      the nearest point in every diagonal metric
 
     Args:
-        lo: the lower bound, a number or -math.inf.
-        hi: the upper bound, a number or math.inf; above lo.
+        lo: the lower bound of every weight, or -math.inf.
+        hi: the upper bound of every weight, or math.inf; above lo.
 
     Raises:
         ValueError: bounds in the wrong order, or NaN.
@@ -69,21 +69,21 @@ class Box(Feasible):
 
 @dataclass(frozen=True)
 class Ball(Feasible):
-    """All weights of a group within a distance of the origin: ‖x‖ ≤ radius.
+    """A bound on the Euclidean norm of all weights of a group together: ‖x‖ ≤ radius.
 
-        x = H (H + λ)⁻¹ y,      λ ≥ 0 so that ‖x‖ = radius (0 where ‖y‖ is not above it)
+        x = H (H + λ)⁻¹ y,      λ ≥ 0 such that ‖x‖ = radius (λ = 0 if ‖y‖ ≤ radius)
 
-    λ is one number, found by Newton's method on 1/‖x(λ)‖ − 1/radius, which from λ = 0 rises to the solution without
-    overshooting. Only the last iteration is differentiated: at the solution that is the implicit derivative of λ.
+    The scalar λ is found by Newton's method on 1/‖x(λ)‖ − 1/radius, which increases from λ = 0 to the solution without overshooting.
+    Only the last iteration is differentiated, which at the solution gives the implicit derivative of λ.
 
     Args:
-        radius: the largest norm, above 0.
+        radius: the largest norm, above 0 and finite.
 
     Raises:
         ValueError: a radius that is not above 0, or not finite.
         TypeError: a radius that is not a number.
 
-    Source: the iteration is that of trust regions, Moré and Sorensen 1983.
+    Source: the iteration is that of trust-region methods, Moré and Sorensen 1983.
 
     >>> from hyperopt import SGD, Adam, Ball, Hyper
     >>> Hyper(SGD, project=Ball(3)).stack(Adam)
@@ -95,7 +95,7 @@ class Ball(Feasible):
     def __post_init__(self) -> None:
         object.__setattr__(self, "radius", _bound("Ball(radius)", self.radius))
         if not 0 < self.radius < math.inf:
-            raise ValueError(f"Ball({self.radius!r}): give a finite radius above 0")
+            raise ValueError(f"Ball({self.radius!r}): give a finite radius above 0, as in Ball(10)")
 
     def project(self, ys: list[Tensor], metrics: list[Metric]) -> list[Tensor]:
         plain = [_primal(y) for y in ys], [_primal(h) if isinstance(h, Tensor) else h for h in metrics]
@@ -104,9 +104,9 @@ class Ball(Feasible):
             multiplier = self._newton(*plain, multiplier)
         multiplier = self._newton(ys, metrics, multiplier)
         xs = _nearest(ys, metrics, multiplier)
-        # What rounding leaves.
-        shrink = (self.radius / _norm(xs).clamp_min(self.radius)).to(multiplier)
-        return [x * shrink.to(x) for x in xs]
+        # Rounding may leave the norm slightly too large.
+        scale = (self.radius / _norm(xs).clamp_min(self.radius)).to(multiplier)
+        return [x * scale.to(x) for x in xs]
 
     def _newton(self, ys: list[Tensor], metrics: Sequence[Metric], multiplier: Tensor) -> Tensor:
         xs = _nearest(ys, metrics, multiplier)
@@ -138,5 +138,5 @@ def _primal(a: Tensor) -> Tensor:
 def _bound(argument: str, value: object) -> float:
     bound = number(argument, value)
     if math.isnan(bound):
-        raise ValueError(f"{argument} is not a number (nan): give a bound, or math.inf for none")
+        raise ValueError(f"{argument} is not a number (nan): give a bound, or math.inf for no bound")
     return bound

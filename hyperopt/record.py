@@ -1,25 +1,24 @@
-"""What the tower learned, sampled at every step without a host sync, for TensorBoard, CSV and PNG."""
+"""Recording what a tower learns, without host syncs, and writing it to TensorBoard, CSV or PNG."""
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .optimizer import HyperOptimizer
+from .optimizer import HyperOptimizer
 
 ROWS = 1024
 HYPER, HYPERGRADIENT = "hyper/", "hypergradient/"
 
 
 class _Block:
-    """`ROWS` samples of a fixed set of tags, on the device where the values live."""
+    """Up to `ROWS` samples of a fixed set of tags, on the device of the values."""
 
     def __init__(self, tags: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
         self.tags = tags
@@ -32,37 +31,37 @@ class _Block:
 
 
 class Recorder:
-    """Samples the hyperparameters and hypergradients of an optimizer after its steps.
+    """Records the hyperparameters and hypergradients of an optimizer after its steps.
 
-    Sampling copies on the device and never waits for it; everything that reads (`values`, `to_csv`, …) does.
-    A value per tensor or per coordinate is recorded as its mean. A sample is kept for good (4 bytes a value): `every` thins long runs.
+    Recording copies values on their device and never synchronizes; everything that reads them (`values`, `to_csv`, …) does. Values per
+    tensor or per coordinate are recorded as their mean. Samples stay in memory, 4 bytes per value: use `every` to thin out a long run.
 
     Args:
-        optimizer: the `HyperOptimizer` to follow.
-        every: sample after each `every`-th step, counted from 1.
+        optimizer: the `HyperOptimizer` to record.
+        every: number of steps from one sample to the next, at least 1. Default: 1, every step.
 
     Raises:
         ValueError: `every` is below 1.
+        TypeError: not a HyperOptimizer.
 
-    Example:
-        >>> import torch
-        >>> from hyperopt import SGD, Adam, Hyper, Recorder
-        >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = Hyper(Adam).stack(SGD).bind(model.parameters())
-        >>> with Recorder(optimizer) as recorder:
-        ...     for _ in range(3):
-        ...         optimizer.zero_grad()
-        ...         model(torch.ones(4, 2)).sum().backward()
-        ...         optimizer.step()
-        >>> recorder.values["0.lr"].shape
-        (3,)
+    >>> import torch
+    >>> from hyperopt import SGD, Adam, Hyper, Recorder
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = Hyper(Adam).stack(SGD).bind(model.parameters())
+    >>> with Recorder(optimizer) as recorder:
+    ...     for _ in range(3):
+    ...         optimizer.zero_grad()
+    ...         model(torch.ones(4, 2)).sum().backward()
+    ...         optimizer.step()
+    >>> recorder.values["0.lr"].shape
+    (3,)
     """
 
     def __init__(self, optimizer: HyperOptimizer, every: int = 1) -> None:
         if not hasattr(optimizer, "hyperparameters"):
-            raise TypeError(f"a Recorder follows a HyperOptimizer, got {type(optimizer).__name__}: bind a tower, as in Hyper(Adam).bind(…)")
+            raise TypeError(f"a Recorder needs a HyperOptimizer, got {type(optimizer).__name__}: bind a tower, as in Hyper(Adam).bind(…)")
         if every < 1:
-            raise ValueError(f"every={every} must be at least 1: it is the number of steps from one sample to the next")
+            raise ValueError(f"every={every} must be at least 1: give the number of steps from one sample to the next")
         self.every = every
         self._seen = 0
         self._steps: list[int] = []
@@ -72,7 +71,7 @@ class Recorder:
         self._handle = optimizer.register_step_post_hook(self._sample)
 
     def close(self) -> None:
-        """Stop sampling; what was recorded stays readable."""
+        """Stop recording; the samples stay readable."""
         self._handle.remove()
 
     def __enter__(self) -> Recorder:
@@ -91,7 +90,7 @@ class Recorder:
             for key, value in values.items():
                 places[value.device, value.dtype][prefix + key] = value.mean() if value.ndim else value
         for (device, dtype), values in places.items():
-            # Hypergradients exist only from the second step on: another set of tags is another block.
+            # Hypergradients exist from the second step on only; every set of tags has its own block.
             place = (tuple(values), device, dtype)
             block = self._open.get(place)
             if block is None or len(block.samples) == ROWS:
@@ -101,43 +100,43 @@ class Recorder:
         self._steps.append(self._seen)
 
     def _read(self, first: int = 0) -> dict[str, np.ndarray]:
-        """All tags, from sample `first` on; nan where a tag was not there."""
+        """All columns by tag, from sample `first` on; NaN where a tag had no value."""
         columns: dict[str, np.ndarray] = {}
         for block in self._blocks:
             at = np.array(block.samples) - first
-            fresh = at >= 0
-            if not fresh.any():
+            wanted = at >= 0
+            if not wanted.any():
                 continue
             rows = block.rows[: len(at)].cpu().double().numpy()
             for tag, column in zip(block.tags, rows.T, strict=True):
-                columns.setdefault(tag, np.full(len(self._steps) - first, np.nan))[at[fresh]] = column[fresh]
+                columns.setdefault(tag, np.full(len(self._steps) - first, np.nan))[at[wanted]] = column[wanted]
         return columns
 
     @property
     def steps(self) -> np.ndarray:
-        """The step after which each sample was taken; the first step is 1."""
+        """The step after which each sample was taken, counted from 1."""
         return np.array(self._steps, dtype=np.int64)
 
     @property
     def values(self) -> dict[str, np.ndarray]:
-        """`"<level>.<name>"` -> one value per sample, learned or held."""
+        """One value per sample for each hyperparameter, learned or held, by `"<level>.<name>"`."""
         return {tag.removeprefix(HYPER): column for tag, column in self._read().items() if tag.startswith(HYPER)}
 
     @property
     def hypergradients(self) -> dict[str, np.ndarray]:
-        """`"<level>.<name>"` -> one hypergradient per sample (raw space), nan before the first one existed."""
+        """One hypergradient per sample, in raw space, by `"<level>.<name>"`; NaN before the first one exists."""
         return {tag.removeprefix(HYPERGRADIENT): column for tag, column in self._read().items() if tag.startswith(HYPERGRADIENT)}
 
     def to_tensorboard(self, writer: Any) -> None:
-        """Write the samples that no earlier call wrote, as `hyper/<level>.<name>` and `hypergradient/<level>.<name>`.
+        """Write the samples that no earlier call has written, as `hyper/<level>.<name>` and `hypergradient/<level>.<name>`.
 
-        Call it as often as you like, each epoch for instance, always with the same writer; nan is left out.
+        May be called repeatedly, for example once per epoch, always with the same writer. NaN is left out.
 
         Args:
             writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar`.
 
         Raises:
-            TypeError: no writer.
+            TypeError: not a writer.
         """
         if not hasattr(writer, "add_scalar"):
             raise TypeError(f"to_tensorboard needs a writer, such as SummaryWriter(folder), got {writer!r}")
@@ -148,26 +147,34 @@ class Recorder:
         self._written = len(self._steps)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one row per sample: `step`, each `<level>.<name>`, each `hypergradient/<level>.<name>`; `read_csv` reads it back."""
+        """Write one row per sample, with columns `step`, `<level>.<name>` and `hypergradient/<level>.<name>`; `read_csv` reads it back.
+
+        Args:
+            path: the file, which is overwritten.
+        """
         columns = {tag.removeprefix(HYPER): column for tag, column in self._read().items()}
         with Path(path).open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["step", *columns])
             for step, *row in zip(self._steps, *columns.values(), strict=True):
-                table.writerow([step, *(f"{value:.9g}" for value in row)])  # nine digits identify a float32
+                table.writerow([step, *(f"{value:.9g}" for value in row)])  # nine digits determine a float32
 
     def to_png(self, path: str | Path, title: str | None = None) -> None:
-        """Draw the learned schedules: a panel for each hyperparameter name, a line for each level.
+        """Plot the learned schedules: a panel for each hyperparameter name with a line for each level.
 
-        Values that never moved are left out, unless none did.
+        Values that never changed are left out, unless none did.
+
+        Args:
+            path: the file, which is overwritten.
+            title: the title of the figure. Default: "learned schedules".
 
         Raises:
-            ImportError: matplotlib is missing.
+            ImportError: matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure  # not pyplot: no global state, no display
         except ImportError as error:
-            raise ImportError("to_png draws with matplotlib: pip install 'hyperopt-torch[experiments]'") from error
+            raise ImportError("to_png needs matplotlib: pip install 'hyperopt-torch[experiments]'") from error
         values = self.values
         moved = {key: column for key, column in values.items() if np.unique(column[np.isfinite(column)]).size > 1}
         panels = defaultdict(dict)
@@ -182,7 +189,7 @@ class Recorder:
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis, (name, lines) in zip(axes, panels.items(), strict=False):
-            # A decay is known by its distance from 1: .99 and .999 differ as 100 and 1000 steps do.
+            # Decays are plotted as 1 − value: .99 and .999 average over 100 and 1000 steps.
             decay = name != "lr" and all((column[~np.isnan(column)] > 0.5).all() and np.nanmax(column) < 1 for column in lines.values())
             for label, column in lines.items():
                 axis.plot(self._steps, 1 - column if decay else column, label=label)
@@ -197,15 +204,18 @@ class Recorder:
 
 
 def read_csv(path: str | Path) -> dict[str, np.ndarray]:
-    """Read back what `Recorder.to_csv` wrote: `step` (integers) and one float column per key.
+    """Read a file that `Recorder.to_csv` wrote: `step` (integers) and one float64 column per key.
+
+    Args:
+        path: the file.
 
     Raises:
-        ValueError: a file that it did not write, or that was cut or changed since, naming the line.
+        ValueError: a file of another format, or one that was truncated or edited since, naming the line.
     """
     with Path(path).open(newline="") as file:
         lines = list(csv.reader(file))
     if not lines or "step" not in lines[0]:
-        raise ValueError(f"{path} is no schedule: its first line needs a column 'step', as Recorder.to_csv writes it")
+        raise ValueError(f"{path} is not a schedule: its first line needs a column 'step', as Recorder.to_csv writes it")
     header, *rows = lines
     columns: dict[str, list[float]] = {name: [] for name in header}
     for line, row in enumerate(rows, 2):

@@ -1,4 +1,4 @@
-"""Replay of what was learned on an ordinary optimizer of torch."""
+"""Replaying a learned schedule on an ordinary torch optimizer."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .record import Recorder, read_csv
 
 
 class Replay:
-    """Gives an ordinary optimizer, step by step, the hyperparameters that level 0 of a tower had.
+    """A scheduler that sets the hyperparameters of an optimizer to those that level 0 of a tower had, step by step.
 
-    Used like a scheduler of torch: the values of the first step are in place once it is made, those of the next step after each
-    `step()`. Between two recorded steps values are interpolated linearly, before the first and after the last they stay.
+    Used like a torch scheduler: the constructor sets the values of the first step, and each `step()` those of the next. Between two
+    recorded steps, values are interpolated linearly; before the first and after the last they are constant.
 
     Args:
-        optimizer: what to give them to; from torch.optim, or any that reads its `param_groups`.
-        source: a `Recorder`, the path of the CSV that it wrote, or a mapping from names ("0.lr" or "lr"; "lr[1]" for parameter group
-            1 alone) to one value per step, with "step" beside them where steps are left out. Only level 0 is replayed. What was
-            recorded as a mean, of a tower with values per tensor, is replayed as that mean.
-        names: only these hyperparameters, such as ("lr",); all that were recorded where it is left out.
+        optimizer: any `torch.optim.Optimizer` that reads its `param_groups`.
+        source: a `Recorder`, the path of a CSV that it wrote, or a mapping from names ("0.lr" or "lr"; "lr[1]" for parameter group 1
+            only) to one value per step, with an entry "step" if steps are missing. Only level 0 is replayed. Values per tensor or per
+            coordinate were recorded as their mean and are replayed as it.
+        names: the hyperparameters to replay, such as ("lr",). Default: all that were recorded.
 
     Raises:
-        ValueError: nothing was recorded, a name that was not recorded or that the optimizer does not have, a parameter group that it
-            does not have, values that are not finite, steps that do not increase.
-        TypeError: no optimizer of torch, a source that is none of the three.
+        ValueError: nothing was recorded; a name that was not recorded; a name or a parameter group that the optimizer does not have;
+            values that are not finite; steps that do not increase.
+        TypeError: not a torch optimizer, or a source that is none of the three.
 
     >>> import torch
     >>> from hyperopt import Replay
@@ -46,18 +46,20 @@ class Replay:
 
     def __init__(self, optimizer: Optimizer, source: Recorder | str | Path | Mapping[str, Any], names: Iterable[str] | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"a Replay needs an optimizer of torch, got {type(optimizer).__name__}: give torch.optim.Adam(…), say")
+            raise TypeError(f"a Replay needs an optimizer of torch, got {type(optimizer).__name__}: give torch.optim.Adam(…), for example")
         self.optimizer = optimizer
         self._steps, columns = _read(source)
         wanted = {names} if isinstance(names, str) else None if names is None else set(names)
-        absent = (wanted or set()) - {name.partition("[")[0] for name in columns}
-        if absent or not columns:
+        missing = (wanted or set()) - {name.partition("[")[0] for name in columns}
+        if missing or not columns:
             recorded = ", ".join(columns) or "nothing of level 0"
-            raise ValueError(f"{', '.join(sorted(absent)) or 'a schedule'} cannot be replayed: {recorded} was recorded")
+            raise ValueError(f"{', '.join(sorted(missing)) or 'a schedule'} cannot be replayed: {recorded} was recorded")
         if not len(self._steps):
             raise ValueError("a schedule without a step cannot be replayed: record at least one")
         if (np.diff(self._steps) <= 0).any():
-            raise ValueError("the steps of a schedule must increase, as those of a Recorder do")
+            raise ValueError(
+                "the steps of a schedule must increase strictly, as those of a Recorder do: sort them and leave out repeated ones"
+            )
         self._columns: list[tuple[dict[str, Any], str, np.ndarray]] = []
         for label, column in columns.items():
             name, _, group = label.removesuffix("]").partition("[")
@@ -67,27 +69,29 @@ class Replay:
         self._apply()
 
     def step(self) -> None:
-        """Put the values of the next step in place; call it after `optimizer.step()`."""
+        """Set the values of the next step; call it after `optimizer.step()`."""
         self.last_step += 1
         self._apply()
 
     def get_last_lr(self) -> list[float]:
-        """The lr of each parameter group, as it is now."""
+        """The present lr of each parameter group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps that were taken; the schedule itself belongs to the constructor."""
+        """The number of steps taken; the schedule itself is an argument of the constructor."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; load the optimizer's own before.
+        """Continue from the step at which `state_dict` was made. Load the optimizer's own state first.
 
         Raises:
             ValueError: not the state of a Replay.
         """
         step = state_dict.get("last_step")
         if not isinstance(step, int) or step < 0:
-            raise ValueError(f"this is not the state of a Replay: it has {', '.join(state_dict) or 'no entries'}, and needs last_step")
+            raise ValueError(
+                f"this is not the state of a Replay: it has {', '.join(state_dict) or 'no entries'}, and needs last_step, a count of steps"
+            )
         self.last_step = step
         self._apply()
 
@@ -95,7 +99,7 @@ class Replay:
         for group, name, column in self._columns:
             value = float(np.interp(self.last_step + 1, self._steps, column))
             if isinstance(group.get(name), Tensor):
-                group[name].fill_(value)  # in place, as torch's schedulers do: a captured or compiled step reads this very tensor
+                group[name].fill_(value)  # in place, as torch's schedulers do: a captured or compiled step reads this tensor
             elif name in group:
                 group[name] = value
             else:
@@ -104,19 +108,21 @@ class Replay:
                 group["betas"] = tuple(betas)
 
     def _groups(self, label: str, name: str, group: str) -> list[dict[str, Any]]:
-        """The parameter groups that a column is for."""
+        """The parameter groups that a column applies to."""
         groups = self.optimizer.param_groups
         if group and not (group.isdecimal() and int(group) < len(groups)):
-            raise ValueError(f"{label} was recorded, and {type(self.optimizer).__name__} has {len(groups)} parameter groups")
-        chosen = [groups[int(group)]] if group else groups
-        for each in chosen:
+            raise ValueError(
+                f"{label} was recorded, and {type(self.optimizer).__name__} has {len(groups)} parameter groups: give it as many"
+            )
+        selected = [groups[int(group)]] if group else groups
+        for each in selected:
             betas = [f"beta{i + 1}" for i in range(len(each.get("betas", ())))]
             if name not in each and name not in betas:
                 has = ", ".join(key for key in (*each, *betas) if key not in ("params", "param_names", "betas"))
                 raise ValueError(
                     f"{type(self.optimizer).__name__} has no hyperparameter {name!r}: it has {has}; leave {name!r} out of names"
                 )
-        return chosen
+        return selected
 
     def _checked(self, label: str, column: np.ndarray) -> np.ndarray:
         if column.shape != self._steps.shape or not np.isfinite(column).all():
@@ -125,7 +131,7 @@ class Replay:
 
 
 def _read(source: Recorder | str | Path | Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The steps, and the columns of level 0 by name."""
+    """The recorded steps, and the columns of level 0 by name."""
     if isinstance(source, Recorder):
         columns: dict[str, Any] = {"step": source.steps, **source.values}
     elif isinstance(source, (str, Path)):
@@ -143,7 +149,7 @@ def _read(source: Recorder | str | Path | Mapping[str, Any]) -> tuple[np.ndarray
 
 
 def _decimal(column: np.ndarray) -> np.ndarray:
-    """Of float32 the decimal that was meant, .999 and not .99900001: an optimizer of torch takes 1 − beta2 of it."""
+    """The shortest decimals of float32 values, .999 instead of .99900001: torch computes 1 − beta2 from them in double precision."""
     with np.errstate(over="ignore"):
         single = column.astype(np.float32)
     return np.array([float(str(value)) for value in single]) if (single == column).all() else column

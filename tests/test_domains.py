@@ -3,6 +3,7 @@
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -191,3 +192,31 @@ def test_domains_are_equal_by_value_and_frozen():
     assert UnitInterval() == Interval(0.0, 1.0) != Interval(0.0, 2.0)
     with pytest.raises(AttributeError):
         UnitInterval().low = 3.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("domain", [*FIXED, Real()], ids=repr)
+def test_a_scaled_value_stays_inside(domain, dtype):
+    """An interval may begin above 0, or hold negative numbers, so that a multiple of a value is outside of it."""
+    for start in (-20.0, -3.0, 0.0, 2.0, 20.0):
+        raw = clamped(domain, start, dtype)
+        for factor in (1e-30, 0.01, 0.5, 2.0, 1e30):
+            scaled = domain.scaled(raw, torch.tensor(factor, dtype=dtype)).clamp(*domain.raw_limits(dtype))
+            assert_strictly_inside(domain, float(scaled), dtype)
+            exact = float(domain.value(raw)) * factor
+            if domain.inside(exact) and abs(start) <= 3 and 0.01 <= factor <= 2:
+                assert float(domain.value(scaled)) == pytest.approx(exact, rel=1e-3)
+        assert domain.scaled(raw, torch.ones((), dtype=dtype)).equal(raw)
+
+
+@pytest.mark.parametrize("make", [lambda: Interval("0", 1), lambda: Interval(0, None), lambda: Interval(True, 2), lambda: Positive("1")])
+def test_a_bound_that_is_no_number_is_named(make):
+    with pytest.raises(TypeError, match=r"(Interval\((low|high)\)|Positive\(scale\)) must be a number, got"):
+        make()
+
+
+def test_bounds_are_floats_whatever_was_given():
+    assert repr(Interval(-1, np.int64(5))) == "Interval(low=-1.0, high=5.0)"
+    assert repr(Positive(np.float32(2))) == "Positive(2.0)"
+    assert not Positive().admits(10**400)
+    assert not Real().admits(-(10**400))

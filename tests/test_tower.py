@@ -507,7 +507,7 @@ def test_a_malformed_text_of_any_size_is_a_value_error(name):
     begin = time.perf_counter()
     with pytest.raises(ValueError, match=r".") as caught:
         Hyper.parse(HUGE[name])
-    assert type(caught.value) in (ValueError, UnicodeEncodeError)
+    assert type(caught.value) is ValueError
     assert len(str(caught.value)) < 2000
     assert time.perf_counter() - begin < 5
 

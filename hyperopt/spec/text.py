@@ -19,13 +19,9 @@ T = TypeVar("T")
 Chain = list["tuple[Any, dict[str, Any]] | dict[str, Chain]"]
 
 COMPOSITIONS = ("ScheduleFree", "Averaged")
-LONGEST = 100_000  # characters. A tree of 1,000 levels takes 10,000; Python 3.10 may crash on a text of millions.
-SHOWN = 200  # characters of a text in an error message
-
-
-def show(level: Level) -> str:
-    """The text of the tower that starts with `level`."""
-    return _show(level, 0)
+# Characters of a text: a tree of 1,000 levels takes 10,000. Python's documentation warns that a text large enough may crash ast.parse.
+LONGEST = 100_000
+SHOWN = 200  # characters of a text that an error message quotes
 
 
 def read(source: str, build: Callable[[Chain], T]) -> T:
@@ -46,8 +42,7 @@ def read(source: str, build: Callable[[Chain], T]) -> T:
     except ValueError:
         raise
     except Exception as error:  # a rule may raise anything when it is made with the values that were written
-        reason = "it is nested too deeply" if isinstance(error, (RecursionError, MemoryError)) else error
-        raise ValueError(f"{_short(source)!r} is not a tower: {reason}; write one as in 'Adam(lr=0.001) / SGD'") from error
+        raise ValueError(f"{_short(source)!r} is not a tower: {_reason(error)}; write one as in 'Adam(lr=0.001) / SGD'") from error
 
 
 def read_set(source: str) -> Feasible:
@@ -59,7 +54,9 @@ def read_set(source: str) -> Feasible:
     try:
         value = _value(_parsed(source), source)
     except Exception as error:
-        raise ValueError(f"project = {_short(source)!r} is not a set of weights: {error}; give Box(lo, hi) or Ball(radius)") from error
+        raise ValueError(
+            f"project = {_short(source)!r} is not a set of weights: {_reason(error)}; give Box(lo, hi) or Ball(radius)"
+        ) from error
     if not isinstance(value, Feasible):
         raise ValueError(f"project = {_short(source)!r} is not a set of weights: give Box(lo, hi) or Ball(radius)")
     return value
@@ -68,13 +65,14 @@ def read_set(source: str) -> Feasible:
 # ---- printing
 
 
-def _show(level: Level, at: int) -> str:
+def show(level: Level, at: int = 0) -> str:
+    """The text of a tower, or of the part of one that stands `at` a level above 0, where rules have other defaults."""
     parts = []
     while True:
         parts.append(_show_one(level, at))
         at += 1
         if level.is_tree():
-            branches = (f"{names[0]}: {_show(node, at)}" for names, node in level.above.items())
+            branches = (f"{names[0]}: {show(node, at)}" for names, node in level.above.items())
             return " / ".join([*parts, f"{{{', '.join(branches)}}}"])
         if not level.above:
             return " / ".join(parts)
@@ -83,7 +81,6 @@ def _show(level: Level, at: int) -> str:
 
 def _show_one(level: Level, at: int) -> str:
     rule, declared = level.rule_at(at), level.rule.declared()
-    # A rule that stands above level 0 has other defaults.
     words = [(f.name, getattr(rule, f.name), declared[f.name].above if at and f.name in declared else f.default) for f in _fields(rule)]
     words += [
         ("learn", level.learn, level.learn if level.is_tree() else None),  # the branches of a tree say what is learned
@@ -127,12 +124,17 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 def _parsed(source: str) -> ast.expr:
     if len(source) > LONGEST:
-        raise ValueError(f"{_short(source)!r} has {len(source)} characters: a text has at most {LONGEST}")
+        raise SyntaxError(f"it has {len(source)} characters, and may have {LONGEST}")
     try:
         return ast.parse(source.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{_short(source)!r} is not a tower: {reason}; write one as in 'Adam(lr=0.001) / SGD'") from None
+    except ValueError as error:  # a null byte, or half a character
+        raise SyntaxError(str(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (RecursionError, MemoryError)):
+        return "it is nested too deeply"
+    return error.msg if isinstance(error, SyntaxError) else str(error)
 
 
 def _chain(node: ast.expr, source: str) -> Chain:

@@ -160,7 +160,7 @@ class Hyper(Level):
         """Read the tower that `str` printed, without eval.
 
         Raises:
-            ValueError: text that is not a tower, of any size and depth, naming the part that is not understood.
+            ValueError: text that is not a tower, or has more than 100,000 characters, naming the part that is not understood.
             TypeError: not text.
 
         >>> from hyperopt import Hyper
