@@ -27,7 +27,7 @@ class Hyper(Level):
         learn: hyperparameters of this level for the level above to learn: a name, names, or "all" for each one whose value is strictly
             inside its domain. Default: lr alone.
         horizon: number of past steps that a hyperparameter of this level is held responsible for, from 1 to math.inf. The tangent ∂x/∂h
-            decays by 1 − 1/horizon per step; 1 is the paper's method. Default: 1000; 500 for ScheduleFree.
+            decays by a factor of 1 − 1/horizon per step; 1 is the paper's method. Default: 1000; 500 for ScheduleFree.
         trust: largest change in one step of what this level moves, while its lr is learned. At level 0 it is relative to the norm of the
             weights (default 0.03; ScheduleFree 0.1, reached linearly over the first 20 steps, also for a value that is given). Above
             level 0 it is the change of a raw hyperparameter (default 0.5). None: no limit.
