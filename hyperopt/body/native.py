@@ -66,6 +66,10 @@ class Native(Eager):
         self.passes = None
         return super().begin(grads, directions, maximize=maximize)
 
+    def finite(self, gs: Sequence[Tensor]) -> Tensor:
+        """As in `Eager`."""
+        return super().finite(gs) if self.passes is None else is_finite(self.sums[0].clone())
+
     def kind(self) -> Any:
         """As in `Eager`."""
         return super().kind() if self.passes is None else ("native", self.fresh)

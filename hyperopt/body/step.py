@@ -76,9 +76,6 @@ class BlockStep:
             if self.tangents.fixed and not block.made:
                 block.made = self.direction(block, self.h(block, r), ok)
 
-        def update(points: Sequence[Point], r: Raw) -> list[Point]:
-            return self.update(batch, points, r, ok)
-
         points = [(block.x, average_too(self.rule, block)) for block in batch]
         views, news = batch[0].cut is not None, []
         found: list[dict[str, dict[str, Tensor]]] = [{} for _ in batch]
@@ -86,10 +83,10 @@ class BlockStep:
             carried: list[dict[str, Tensor]] = [{} for _ in batch]
             if self.tangents.gamma:
                 carried = [{k: z * block.factor(name, kept[name], z) for k, z in block.tangents.get(name, {}).items()} for block in batch]
-            news, tangents = self.tangents.along(name, points, carried, r, update, views=views)
+            news, tangents = self.tangents.along(name, points, carried, r, lambda p, r: self.update(batch, p, r, ok), views=views)
             for mine, new in zip(found, tangents, strict=True):
                 mine[name] = new
-        for block, new, tangent in zip(batch, news if r else update(points, r), found, strict=True):
+        for block, new, tangent in zip(batch, news if r else self.update(batch, points, r, ok), found, strict=True):
             self.commit(block, *new, tangent, ok)
 
     def displace(self, block: Block, r: Raw, kept: Raw, ok: Tensor) -> None:
