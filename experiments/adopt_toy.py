@@ -1,13 +1,14 @@
 """ADOPT's toy problem: a linear loss on [−1, 1] whose rare large gradients mislead Adam unless beta2 is close to 1.
 
-    python -m experiments.adopt_toy             half a minute on one core, writes adopt_toy.json and adopt_toy.png
+    python -m experiments.adopt_toy             half a minute on one core; writes adopt_toy.json and adopt_toy.png
 
-Protocol: f(x) = x, solution −1, from gradients k² with probability 1/k and −k otherwise (mean 1), k = 10; start 0; beta1 = 0.9,
-lr = 0.01/√(1 + 0.01·t), x clamped to [−1, 1] after each step. All beta2 and seeds are coordinates of one tensor, which the rules
-update with a beta2 for each; every beta2 and every rule sees the gradients of its seed. Result: x, averaged over the last tenth.
+Protocol: minimise f(x) = x over [−1, 1], whose solution is −1, from x = 0. The stochastic gradient is k² with probability 1/k and −k
+otherwise, with mean 1 and k = 10. beta1 = 0.9, lr = 0.01/√(1 + 0.01·t), and x is clamped to [−1, 1] after each step. All values of beta2
+and all seeds are coordinates of one tensor, updated with a beta2 of their own; within a seed all rules and all beta2 see the same
+gradients. The result is x averaged over the last tenth of the steps.
 
-ADOPT (Algorithm 1) ends below −0.98 for every beta2; Adam ends at +1 for beta2 ≤ 0.9. The clip lets the bias in until c = t^¼
-reaches the normalised large gradient, k at most (t = 10⁴); a few seeds of beta2 ≥ 0.999 have not come all the way back at the end.
+ADOPT (Algorithm 1) ends below −0.98 for every beta2; Adam ends at +1 for beta2 ≤ 0.9. Clipped ADOPT is biased until the clip c = t^¼
+reaches the largest normalised gradient, which is at most k (t = 10⁴); for beta2 ≥ 0.999 a few seeds have not fully recovered by then.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ POINTS = 200  # of each curve in the figure
 
 
 def gradients(steps: int, seeds: int) -> Tensor:
-    """The stochastic gradients, steps × seeds."""
+    """The stochastic gradients, of shape (steps, seeds)."""
     generator = torch.Generator().manual_seed(0)
     rare = torch.rand(steps, seeds, generator=generator, dtype=torch.float64) < 1 / K
     return torch.where(rare, float(K**2), float(-K))
 
 
 def run(rule: Rule, gs: Tensor) -> Tensor:
-    """x after every step for each beta2, the mean of the seeds: steps × betas."""
+    """x after every step for each beta2, averaged over seeds, of shape (steps, betas)."""
     h = {name: torch.tensor(rule.value(name), dtype=gs.dtype) for name in rule.declared()}
     h |= {"beta1": torch.tensor(0.9, dtype=gs.dtype), "beta2": torch.tensor(BETAS, dtype=gs.dtype)[:, None]}
     x = gs.new_zeros(len(BETAS), gs.shape[1])
@@ -63,7 +64,7 @@ def final(xs: Tensor) -> list[float]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A panel for each rule, a curve for each beta2."""
+    """Draw a panel for each rule with a curve for each beta2."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, len(result["rules"]), sharey=True)
     for panel, (name, found) in zip(panels, result["rules"].items(), strict=True):
@@ -84,7 +85,7 @@ def main(
     seeds: cli.Seeds = 10,
     out: cli.Out = cli.RESULTS,
 ) -> None:
-    """Run every rule with every beta2, and draw the figure."""
+    """Run every rule with every beta2 and draw the figure."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     gs = gradients(steps, seeds)

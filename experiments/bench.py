@@ -1,12 +1,12 @@
-"""What a tower costs: optimizer steps, training steps, height, memory, compilation; beside torch.optim and other packages.
+"""What a tower costs, compared with torch.optim and other packages: time of optimizer steps and of training steps, memory, compilation.
 
     python -m experiments.bench                 14 minutes on two cores, with nothing else running
-    python -m experiments.bench --device cuda   the same on a GPU, timed with events
+    python -m experiments.bench --device cuda   the same on a GPU, timed with CUDA events
 
-Every optimizer takes one block of steps in turn, over and over; the median over blocks is reported with the fastest and the slowest,
-and as a ratio to torch.optim.Adam(fused=True) in the same turns. From 10 million parameters on, two optimizers at a time, one of them
-that reference. Compilation is measured in processes of their own. Each part is written to bench.json as soon as it is done,
-`--only` does some of them again; bench.md is the table and bench.png the figure, in experiments/results.
+The optimizers take turns: each runs one block of steps, and this is repeated. Reported are the median over blocks with the fastest and
+the slowest block, and the ratio to torch.optim.Adam(fused=True), the reference, timed in the same turns. From 10 million parameters on,
+each optimizer takes turns with the reference alone. Compilation is measured in separate processes. Each part is written to bench.json as
+soon as it is done, and `--only` repeats some parts. The tables are bench.md and the figure is bench.png, in experiments/results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from experiments.workloads import WORKLOADS
 from hyperopt import Hyper
 
 Step = Callable[[], object]
-Model = tuple[nn.Module, Callable[[Any, int], Tensor]]  # and the loss of the call of a module on the i-th batch
 
 REFERENCE = "torch Adam, fused"
 TOWERS = {
@@ -79,14 +78,14 @@ COMPILE = {"65 tensors × 4,200": [4_200] * 65, "150 tensors, 50 of 300,000": [2
 
 
 def tower(name: str) -> Hyper:
-    """The tower of a row: one of `TOWERS`, or "height n"."""
+    """The tower of a row: one of `TOWERS`, or an all-Adam tower for "height n"."""
     if name.startswith("height"):
         return Hyper.parse(" / ".join(["Adam"] * (1 + int(name.split()[1].rstrip(",")))))
     return Hyper.parse(TOWERS[name])
 
 
 def optimizer(name: str, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of a row."""
+    """The optimizer of a row, for these parameters."""
     if name in OTHERS:
         made = OTHERS[name](params)
         if isinstance(made, schedulefree.AdamWScheduleFree):
@@ -99,7 +98,7 @@ def optimizer(name: str, params: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 class Tensors(nn.Module):
-    """`count` parameters of `numel` elements, whose loss has a constant gradient."""
+    """`count` parameters of `numel` elements each; the output is linear in them, so that their gradients are constant."""
 
     def __init__(self, count: int, numel: int) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class Tensors(nn.Module):
 
 
 def step_alone(name: str, count: int, numel: int, device: str) -> Step:
-    """An optimizer's step on gradients that are there. gdtuo needs the backward pass for its own, which is timed with it."""
+    """An optimizer step on given gradients. For gdtuo the backward pass is timed too, as its step depends on that pass."""
     torch.manual_seed(0)
     model = Tensors(count, numel).to(device)
     gradients = [0.01 * torch.randn_like(w) for w in model.weights]
@@ -123,7 +122,7 @@ def step_alone(name: str, count: int, numel: int, device: str) -> Step:
 
 
 def training_step(name: str, workload: str, device: str) -> Step:
-    """A whole training step, on random data: 50 batches in turn, as one batch would be learned by heart."""
+    """A whole training step on random data: 50 batches in turn, as a single batch would be memorised."""
     torch.manual_seed(0)
     task = WORKLOADS[workload]
     model = task.make().to(device)
@@ -153,7 +152,7 @@ def training_step(name: str, workload: str, device: str) -> Step:
 
 
 def ultimate(model: nn.Module, loss: Callable[[Any, int], Tensor]) -> Step:
-    """A training step of the authors' package: Adam, its four hyperparameters learned by SGD."""
+    """A training step with the package of the paper's authors: Adam whose four hyperparameters are learned by SGD."""
     wrapper = gdtuo.ModuleWrapper(model, optimizer=gdtuo.Adam(optimizer=gdtuo.SGD(1e-5)))  # pyright: ignore[reportArgumentType]
     wrapper.initialize()
     at = 0
@@ -170,11 +169,11 @@ def ultimate(model: nn.Module, loss: Callable[[Any, int], Tensor]) -> Step:
     return step
 
 
-# ---- how
+# ---- timing
 
 
 def timed(step: Step, steps: int, device: str) -> float:
-    """Milliseconds for one of `steps` calls."""
+    """Milliseconds per call, averaged over `steps` calls."""
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -190,13 +189,25 @@ def timed(step: Step, steps: int, device: str) -> float:
 
 
 def interleaved(make: Callable[[str], Step], names: list[str], blocks: int, seconds: float, device: str) -> dict[str, Any]:
-    """Median, fastest and slowest of `blocks` blocks of about `seconds` each, and the ratio of the medians to the reference."""
+    """Time optimizers in turn.
+
+    Args:
+        make: returns the function to time, by the name of the optimizer.
+        names: the optimizers, the reference among them.
+        blocks: number of turns of each optimizer.
+        seconds: approximate length of a turn.
+        device: where they run.
+
+    Returns:
+        For each name a dict with `ms`, the `spread` over blocks, and `ratio`, the median relative to that of the reference; or with
+        `failed`, the error message.
+    """
     steps: dict[str, Step] = {}
     failed: dict[str, str] = {}
     for name in names:
         try:
             step = make(name)
-            timed(step, 16, device)  # a tower compiles when all of its levels have taken part: the one of height 10 in the fourteenth step
+            timed(step, 16, device)  # a tower is compiled once all of its levels have learned: at height 10 in the fourteenth step
             steps[name] = step
         except (RuntimeError, NotImplementedError) as error:
             failed[name] = str(error).splitlines()[0]
@@ -216,7 +227,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments) in a fresh process, with a compiler's cache that is empty."""
+    """Call `function(*arguments)` in a new process with an empty compiler cache."""
     with tempfile.TemporaryDirectory() as cache, multiprocessing.get_context("spawn").Pool(1, _environment, (cache,)) as pool:
         return pool.apply(function, arguments)
 
@@ -226,7 +237,7 @@ def _environment(cache: str) -> None:
 
 
 def peak(name: str, device: str) -> float:
-    """The most memory that an optimizer had at once, from its making through eight steps, in copies of the 10 million weights."""
+    """Peak memory of an optimizer, from its construction through eight steps, in multiples of the 10 million weights."""
     torch.manual_seed(0)
     model = Tensors(20, 500_000).to(device)
     for w in model.weights:
@@ -238,14 +249,14 @@ def peak(name: str, device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 4e7
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         timed(optimizer(name, model.parameters()).step, 8, device)
-    found: Any = profile.profiler  # every allocation and release of a CPU tensor is an event there
+    found: Any = profile.profiler  # has an event for every allocation and release of a CPU tensor
     events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(held, default=0) / 4e7
 
 
 def first_steps(name: str, sizes: list[int], device: str) -> float:
-    """Seconds until a tower has taken its first compiled step."""
+    """Seconds for construction and six steps, after which a compiled tower has taken its first compiled step."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(n, device=device)) for n in sizes]
     for p in params:
@@ -261,12 +272,12 @@ def first_steps(name: str, sizes: list[int], device: str) -> float:
 
 
 def part_steps(device: str, blocks: int, seconds: float) -> dict[str, Any]:
-    """(a) The optimizer step alone."""
+    """The optimizer step alone."""
     found: dict[str, Any] = {}
     for title, (count, numel) in tqdm(SIZES.items(), desc="optimizer steps", unit="size"):
         names = EVERYTHING
         if count * numel >= 10**8:
-            names = [n for n in EVERYTHING if n != "gdtuo" and "four" not in n]  # they take seconds a step, and tens of gigabytes
+            names = [n for n in EVERYTHING if n != "gdtuo" and "four" not in n]  # they take seconds per step and tens of gigabytes
         make = lambda name, count=count, numel=numel: step_alone(name, count, numel, device)  # noqa: E731
         if count * numel < 10**7:
             found[title] = interleaved(make, names, blocks, seconds, device)
@@ -278,7 +289,7 @@ def part_steps(device: str, blocks: int, seconds: float) -> dict[str, Any]:
 
 
 def part_trainings(device: str, blocks: int, seconds: float) -> dict[str, Any]:
-    """(b) The whole training step."""
+    """The whole training step."""
     names = [name for name in EVERYTHING if "trust" not in name]
     return {
         title: interleaved(lambda name, w=workload: training_step(name, w, device), names, blocks, 2 * seconds, device)
@@ -287,19 +298,19 @@ def part_trainings(device: str, blocks: int, seconds: float) -> dict[str, Any]:
 
 
 def part_heights(device: str, blocks: int, seconds: float) -> dict[str, Any]:
-    """(c) The MLP's training step against height."""
+    """The MLP's training step against the height of the tower."""
     names = [REFERENCE, *(f"height {h}{how}" for how in ("", ", compiled") for h in HEIGHTS)]
     return interleaved(lambda name: training_step(name, "m3", device), names, 2 * blocks, seconds, device)
 
 
 def part_memory(device: str, *_: Any) -> dict[str, Any]:
-    """(d) Peak memory."""
+    """Peak memory."""
     copies = {name: peak(name, device) for name in tqdm([n for n in EVERYTHING if n != "gdtuo"], desc="memory", unit="optimizer")}
     return {name: {"copies": value, "more than Adam": value - copies[REFERENCE]} for name, value in copies.items()}
 
 
 def part_compile(device: str, *_: Any) -> dict[str, Any]:
-    """(e) Seconds for the first six steps, compilation included."""
+    """Seconds for the first six steps, compilation included."""
     return {
         title: {name: alone(first_steps, name, sizes, device) for name in ("eager", "compiled")}
         for title, sizes in tqdm(COMPILE.items(), desc="compilation", unit="size")
@@ -309,7 +320,7 @@ def part_compile(device: str, *_: Any) -> dict[str, Any]:
 PARTS = {"steps": part_steps, "trainings": part_trainings, "heights": part_heights, "memory": part_memory, "compile": part_compile}
 
 
-# ---- what is shown
+# ---- tables and figure
 
 
 def table(result: dict[str, Any]) -> str:
@@ -357,7 +368,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Ratios of training steps and optimizer steps, and the training step against height: a panel for each that was measured."""
+    """Draw a panel for each part that was measured: training steps, optimizer steps, and the training step against height."""
     widths = {"trainings": 3, "steps": 4, "heights": 2}
     parts = [part for part in widths if part in result] or list(widths)
     figure = Figure(figsize=(1.5 * sum(widths[part] for part in parts), 4.6), layout="constrained")
@@ -388,14 +399,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help=f"do these parts again: {', '.join(PARTS)}")] = None,
-    blocks: Annotated[int, typer.Option(min=3, help="how often every optimizer has its turn")] = 15,
-    seconds: Annotated[float, typer.Option(help="length of a turn")] = 0.1,
+    only: Annotated[list[str] | None, typer.Option(help=f"measure only these parts: {', '.join(PARTS)}; may be repeated")] = None,
+    blocks: Annotated[int, typer.Option(min=3, help="number of turns of each optimizer")] = 15,
+    seconds: Annotated[float, typer.Option(help="length of a turn in seconds")] = 0.1,
     device: cli.Device = "cpu",
     figures: cli.Figures = False,
     out: cli.Out = cli.RESULTS,
 ) -> None:
-    """Measure all parts, or some of them again."""
+    """Measure all parts, or only some of them, and draw the figure."""
     unknown = set(only or []) - PARTS.keys()
     if unknown:
         raise typer.BadParameter(f"no part {', '.join(unknown)}: give some of {', '.join(PARTS)}")

@@ -1,21 +1,23 @@
 """Adam on the char-RNN of Gradient Descent: The Ultimate Optimizer, held and learned, from the paper's three initial learning rates.
 
-    python -m experiments.char_rnn --jobs 2                                47 minutes on two cores; resumes where it was stopped
+    python -m experiments.char_rnn --jobs 2                                47 minutes on two cores; resumes if it was stopped
     python -m experiments.char_rnn --steps 50000 --seeds 3 --device cuda   the paper's 50,000 steps
-    python -m experiments.char_rnn --figures                               the tables and the figure from the results that are there
+    python -m experiments.char_rnn --figures                               the tables and the figure from existing results
 
-Protocol: War and Peace and tinyshakespeare, embedding 128, LSTM 2×128, batches of 32 sequences of 64 characters from random positions of
-the first nine tenths, 4,000 steps, 2 seeds; perplexity on the first 64,000 characters of the last tenth, as 64 streams that each begin
-with a zero state. Within a seed every run has the same initial weights and the same batches. From each alpha of 1e-4, 2e-3 and 1e-2:
+Protocol: War and Peace and tinyshakespeare, embedding 128, LSTM 2×128, batches of 32 sequences of 64 characters from random positions in
+the first nine tenths of the text, 4,000 steps, 2 seeds. The metric is the perplexity on the first 64,000 characters of the last tenth,
+read as 64 streams that each begin with a zero state. All runs of a seed have the same initial weights and the same batches. The methods,
+each from alpha (lr) = 1e-4, 2e-3 and 1e-2:
 
 - held: torch.optim.Adam.
-- paper: alpha learned as it is and both betas, by SGD, horizon 1, no trust, with step sizes alpha·1e-2, 1e-4 and 2e-4. It learns betas
-  through (tanh + 1) / 2, which is the logit at twice the number: its step is four times as large here.
-- defaults: lr alone learned by Adam, nothing but defaults of this library. On War and Peace the schedule of the first seed is replayed
-  on torch.optim.
-- auto: what is recommended, hyperopt.auto, the first seed alone, to save time; with --steps above 4,000 all seeds.
+- paper: lr and both betas learned by SGD with horizon 1 and no trust; lr is learned as the number itself rather than its logarithm. The
+  step sizes are alpha·1e-2, 1e-4 and 2e-4. The paper learns a beta through (tanh(r) + 1) / 2, which is the sigmoid of 2r, and this
+  library through the sigmoid, so that the same change of the beta takes four times the step size here.
+- defaults: only lr learned, by Adam, with the defaults of this library. On War and Peace the schedule of the first seed is replayed on
+  torch.optim.
+- auto: the recommended tower, hyperopt.auto. To save time only the first seed is run, but all seeds with --steps above 4,000.
 
-TensorBoard has texts that the model writes, one after each quarter of the steps.
+TensorBoard has a text sampled from the model after each quarter of the steps.
 
 Writes char_rnn.json (every run), .md and .png to experiments/results.
 """
@@ -43,15 +45,15 @@ from hyperopt import SGD, Adam, Hyper, Real
 STEPS = 4000
 SAMPLE = 200  # characters
 ALPHAS = (1e-4, 2e-3, 1e-2)
-# Perplexity on War and Peace after 50,000 steps, held and learned: mean, sd.
+# The paper's perplexity on War and Peace after 50,000 steps, held and learned: mean and standard deviation.
 PAPER = {1e-4: ((8.71, 0.91), (6.51, 0.88)), 2e-3: ((5.27, 0.31), (5.41, 0.26)), 1e-2: ((5.77, 0.34), (5.45, 0.76))}
 # Text: title, characters of its alphabet.
 TEXTS = {"war_and_peace": ("War and Peace", 82), "tinyshakespeare": ("tinyshakespeare", 65)}
 
 
 def paper(rule: Any, alpha: float) -> Hyper:
-    """The paper's settings for Adam, and for what is like it."""
-    # strategy="graph" gives the same numbers as tangents to rounding, and costs less for three hyperparameters at horizon 1.
+    """The paper's settings for Adam or a variant of it."""
+    # strategy="graph" equals tangents up to rounding, and is cheaper for three hyperparameters at horizon 1.
     options: dict[str, Any] = {"horizon": 1, "trust": None, "domains": {"lr": Real()}, "strategy": "graph"}
     tower = Hyper(rule, lr=alpha, learn=("lr", "beta1", "beta2"), **options)
     return tower.stack(SGD, lr={"lr": alpha * 1e-2, "beta1": 4 * 1e-4, "beta2": 4 * 2e-4}, trust=None)
@@ -66,7 +68,7 @@ METHODS = {
 
 
 def name(text: str, method: str, alpha: float) -> str:
-    """Of the runs in the result file."""
+    """The key of the runs in the result file, without the seed."""
     return f"{text} | {method} | {alpha:g}"
 
 
@@ -83,12 +85,12 @@ def workload(text: str, steps: int) -> Workload:
 
 
 def write_sample(workload: Workload, model: nn.Module, writer: SummaryWriter, step: int) -> None:
-    """A text by the model, for TensorBoard, whose lines end where those of the text do."""
+    """Write a text sampled from the model to TensorBoard; the indent makes Markdown keep its line breaks."""
     writer.add_text("sample", "    " + workload.sample(model, SAMPLE).replace("\n", "\n    "), step)
 
 
 def plan(steps: int, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every run, the paper's text first."""
+    """Every run by its key, those on the paper's text first."""
     found = {}
     for text in TEXTS:
         chosen = workload(text, steps)
@@ -101,7 +103,7 @@ def plan(steps: int, seeds: int, log: Path, **options: Any) -> dict[str, Callabl
 
 
 def table(store: Store) -> str:
-    """Markdown: for each text a line for each initial learning rate."""
+    """The results in Markdown: for each text a row for each initial learning rate."""
     protocol = store.result["protocol"]
     head = ["test perplexity from alpha", "paper: held", "paper: learned", *(m.label for m in METHODS.values())]
     parts = []
@@ -130,7 +132,7 @@ def table(store: Store) -> str:
 
 
 def draw(store: Store, path: Path) -> None:
-    """A row for each text: perplexity against the initial learning rate, and against the step; the learned learning rates."""
+    """Draw a row for each text: perplexity against the initial lr and against the step, and the learned lr."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(16, 9), layout="constrained")
     for row, text in zip(figure.subplots(len(TEXTS), 3), TEXTS, strict=True):
@@ -175,7 +177,7 @@ def _rates(axes: Axes, store: Store, text: str) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="of each run; the paper has 50,000")] = STEPS,
+    steps: Annotated[int, typer.Option(min=1, help="steps of each run; the paper has 50,000")] = STEPS,
     seeds: cli.Seeds = 2,
     jobs: cli.Jobs = 1,
     device: cli.Device = "cpu",

@@ -1,22 +1,23 @@
-"""SGD with momentum and weight decay on CIFAR-10, held and learned, from every cell of the paper's grid of step sizes and momenta.
+"""SGD on CIFAR-10 from every cell of the paper's grid of step sizes and momenta, with these values held or learned.
 
     python -m experiments.cifar --jobs 2                                    85 minutes on two cores beside other work; resumes
     python -m experiments.cifar --images 50000 --epochs 200 --device cuda   the whole protocol; the paper's longest runs have 500 epochs
     python -m experiments.cifar --model vgg16                               or resnet18, resnet32, resnet44, resnet56
-    python -m experiments.cifar --figures                                   the table and the figure from the results that are there
+    python -m experiments.cifar --figures                                   the table and the figure from existing results
 
-Protocol: batch 128, images mirrored and moved by up to 4 pixels, weight decay 1e-4, no decay schedule. On two cores ResNet-20, the first
-20,000 training and 4,000 test images, 2 epochs and 2 seeds, where the paper has 50,000 images and 200 epochs: it shows which starts are
-won back, not what the network can do. Within a seed every run has the same initial weights and the same batches. From each cell of
-alpha ∈ {.01, .1, 1} × mu ∈ {.09, .9, .99}:
+Protocol: batch 128, images mirrored and shifted by up to 4 pixels, weight decay 1e-4, no decay schedule. The default for two cores is
+ResNet-20, the first 20,000 training and 4,000 test images, 2 epochs and 2 seeds, while the paper has 50,000 images and 200 epochs: it
+shows from which starts learning recovers, not how good the network can become. All runs of a seed have the same initial weights and the
+same batches. The methods, each from every cell of alpha (lr) ∈ {.01, .1, 1} × mu (momentum) ∈ {.09, .9, .99}:
 
 - held: torch.optim.SGD.
-- paper: alpha and mu learned as they are by SGD, horizon 1, no trust, with step sizes alpha²·1e-3 and 1e-6 / (1 − mu).
-- defaults: lr alone learned by Adam, nothing but defaults of this library. The schedule of the first seed is replayed on torch.optim.
-- all: lr, momentum and weight decay learned by Adam, nothing but defaults otherwise.
+- paper: lr and momentum learned by SGD with horizon 1 and no trust, as the numbers themselves rather than through a logarithm or a
+  sigmoid. The step sizes are alpha²·1e-3 and 1e-6 / (1 − mu).
+- defaults: only lr learned, by Adam, with the defaults of this library. The schedule of the first seed is replayed on torch.optim.
+- all: lr, momentum and weight decay learned by Adam, otherwise with defaults.
 
-Beside them torch.optim.SGD from (.1, .9) with the hand-made schedule, ÷10 after a half and three quarters of the steps, and what is
-recommended, hyperopt.auto from its default lr.
+For comparison, torch.optim.SGD from (.1, .9) with the usual schedule, a tenth of lr after a half and again after three quarters of the
+steps, and the recommended tower, hyperopt.auto, from its default lr.
 
 Writes cifar_<model>.json (every run), .md and .png to experiments/results.
 """
@@ -40,12 +41,12 @@ from experiments.workloads import Workload
 from hyperopt import SGD, Adam, Hyper, Real
 
 ALPHAS, MUS = (0.01, 0.1, 1.0), (0.09, 0.9, 0.99)
-# Test error in percent after 200 epochs, held and learned, read off the paper's figure, ±1.
+# The paper's test error in percent after 200 epochs, held and learned, read off its figure to about ±1.
 PAPER = {(0.1, 0.9): (13.3, 9.5), (1.0, 0.9): (33, 9.4), (1.0, 0.99): (87, 19.5), (0.01, 0.09): (16, 16.5), (0.01, 0.99): (12, 11.3)}
 
 
 def held(alpha: float, mu: float, **options: Any) -> Hyper:
-    """What every run of a cell starts from."""
+    """SGD from the values of a cell."""
     return Hyper(SGD, lr=alpha, momentum=mu, weight_decay=1e-4, **options)
 
 
@@ -70,30 +71,30 @@ HAND_MADE, RECOMMENDED = "hand-made schedule", "hyperopt.auto"
 
 
 def references(steps: int) -> dict[str, Any]:
-    """What is trained once, beside the grid."""
+    """The methods outside the grid, which are trained once for each seed."""
     falls = partial(MultiStepLR, milestones=[math.ceil(steps / 2), math.ceil(steps * 3 / 4)], gamma=0.1)
     return {HAND_MADE: partial(training.reference, held(0.1, 0.9), falls), RECOMMENDED: training.auto}
 
 
 def name(method: str, alpha: float, mu: float) -> str:
-    """Of a cell in the result file."""
+    """The key of a cell in the result file, without the seed."""
     return f"{method} | alpha {alpha:g}, mu {mu:g}"
 
 
 def cells() -> Iterator[tuple[float, float]]:
-    """The grid."""
+    """The grid of alpha and mu."""
     yield from ((alpha, mu) for mu in MUS for alpha in ALPHAS)
 
 
 def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every run."""
+    """Every run by its key."""
     grid = {name(m, *cell): method.make(*cell) for m, method in METHODS.items() for cell in cells()}
     replay = {name("defaults", *cell) for cell in cells()}
     return training.tasks(workload, references(workload.steps) | grid, seeds, log, replay, **options)
 
 
 def table(store: Store) -> str:
-    """Markdown: a line for each cell, then what stands beside the grid."""
+    """The results in Markdown: a row for each cell, then the methods outside the grid."""
     protocol = store.result["protocol"]
     head = ["alpha, mu", "paper: held → learned", *(method.label for method in METHODS.values())]
     head += ["our defaults, first seed → replayed", "their lr at the end", "all three at the end"]
@@ -115,12 +116,12 @@ def table(store: Store) -> str:
 
 
 def errors(store: Store, method: str, alpha: float, mu: float) -> list[float]:
-    """Of the seeds, infinite where a run diverged."""
+    """The error of each seed, infinite if the run diverged."""
     return metrics(store.seeds(name(method, alpha, mu)))
 
 
 def draw(store: Store, path: Path) -> None:
-    """Errors, learned learning rates with the hand-made one on top, and the other values that were learned."""
+    """Draw the errors, the learned lr together with the hand-made schedule, and the other learned values."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 13), layout="constrained")
     panels = figure.subplots(3, 3)
@@ -162,7 +163,7 @@ def _rates(axes: Axes, store: Store, mu: float) -> None:
 
 
 def _learned(axes: Axes, store: Store, what: str) -> None:
-    """One of the three values that were learned together; a color for each alpha, a style for each mu."""
+    """Plot one of the three values that were learned together, with a color for each alpha and a style for each mu."""
     for color, alpha in enumerate(ALPHAS):
         for style, mu in zip((":", "-", "--"), MUS, strict=True):
             lines = plots.courses(store.seeds(name("all", alpha, mu)), f"0.{what}")

@@ -1,4 +1,4 @@
-"""Data sets as whole tensors on one device; batches are taken by index."""
+"""Data sets as tensors that lie on one device as a whole; a batch is a selection by index."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 NAMES = ("mnist", "fashion", "digits")
 CIFAR10 = "cifar-10-batches-py"
-# Of the 50,000 training images, in [0, 1]: the same whatever part of them is read.
+# Statistics of all 50,000 training images, scaled to [0, 1]; used even if only a part of them is read.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-# Name: file, address, md5.
+# File, URL and MD5 sum of each text.
 TEXTS = {
     "war_and_peace": (
         "warpeace_input.txt",
@@ -30,7 +30,7 @@ TEXTS = {
 
 
 class Data(NamedTuple):
-    """Images, float32, n first; labels of shape (n,), int64."""
+    """Images, float32 with the batch dimension first, and labels, int64 of shape (n,)."""
 
     train_x: Tensor
     train_y: Tensor
@@ -39,7 +39,7 @@ class Data(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Characters as indices into the alphabet, int64, of shape (n,)."""
+    """Characters as indices into the alphabet, int64 of shape (n,)."""
 
     train: Tensor
     test: Tensor
@@ -47,18 +47,18 @@ class Text(NamedTuple):
 
 
 class DataNotFoundError(RuntimeError):
-    """The data set is neither on this machine nor to be had from the network."""
+    """The data set is not on this machine and could not be downloaded."""
 
 
 def load(name: str, device: torch.device | str = "cpu", *, validation: bool = False) -> Data:
-    """Load flat images, in [0, 1] and of shape (n, features).
+    """Load flattened images in [0, 1], of shape (n, features).
 
     Args:
         name: `mnist`, `fashion` (downloaded into ./data unless the environment variable HYPEROPT_DATA names a folder that holds them)
-            or `digits` (scikit-learn's 1,797 handwritten digits of 8×8 pixels, part of its installation).
-        device: where the tensors are put.
-        validation: split the last 10,000 training images off (of digits, the last fifth) and return them in place of the test
-            images, which stay unseen: for every choice that a result depends on.
+            or `digits` (1,797 handwritten digits of 8×8 pixels, which come with scikit-learn).
+        device: device of the tensors.
+        validation: hold out the last 10,000 training images (the last fifth of digits) and return them in place of the test images.
+            Choices that a result depends on are made on these, so that the test images remain unseen.
 
     Raises:
         ValueError: no data set has this name.
@@ -74,10 +74,10 @@ def cifar10(device: torch.device | str = "cpu", *, images: int | None = None, va
     """Load CIFAR-10, normalised per channel, of shape (n, 3, 32, 32).
 
     Args:
-        device: where the tensors are put.
-        images: only so many training images, the first; all that are there where it is left out. HYPEROPT_DATA may name a folder
-            whose cifar-10-batches-py lacks some of the five training files.
-        validation: split the last fifth of these off and return it in place of the test images.
+        device: device of the tensors.
+        images: number of training images to use, the first ones; all by default. The folder cifar-10-batches-py in HYPEROPT_DATA may
+            lack some of the five training files, if the others have enough images.
+        validation: hold out the last fifth of the training images and return it in place of the test images.
 
     Raises:
         DataNotFoundError: the files, or some of the images asked for, are missing and cannot be downloaded.
@@ -104,12 +104,12 @@ def cifar10(device: torch.device | str = "cpu", *, images: int | None = None, va
 
 
 def text(name: str, device: torch.device | str = "cpu", *, validation: bool = False) -> Text:
-    """Load a text as indices of characters, its last tenth to test on; a byte order mark is dropped and a line ends with one character.
+    """Load a text as indices of characters, with the last tenth as test data. A byte order mark is dropped, and \\r\\n is read as \\n.
 
     Args:
         name: `war_and_peace` or `tinyshakespeare`, read from the folder `text` of HYPEROPT_DATA, or downloaded into ./data/text.
-        device: where the tensors are put.
-        validation: return the tenth before the last in place of the last, and only what stands before it to train on.
+        device: device of the tensors.
+        validation: return the second-to-last tenth in place of the last one, and only the text before it as training data.
 
     Raises:
         ValueError: no text has this name.
@@ -129,7 +129,7 @@ def text(name: str, device: torch.device | str = "cpu", *, validation: bool = Fa
             raise _not_found(name, f"text/{file}") from error
     if not path.exists():
         raise _not_found(name, f"text/{file}")
-    characters = path.read_text(encoding="utf-8-sig")  # reading as text makes \n of \r\n
+    characters = path.read_text(encoding="utf-8-sig")  # universal newlines: \r\n becomes \n
     alphabet = "".join(sorted(set(characters)))
     index = {character: i for i, character in enumerate(alphabet)}
     indices = torch.tensor([index[character] for character in characters], device=device)
@@ -138,7 +138,7 @@ def text(name: str, device: torch.device | str = "cpu", *, validation: bool = Fa
 
 
 def _root() -> tuple[Path, bool]:
-    """The folder of the data sets, and whether HYPEROPT_DATA names it."""
+    """The folder of the data sets, and whether HYPEROPT_DATA names it (otherwise data sets are downloaded)."""
     folder = os.environ.get("HYPEROPT_DATA")
     return Path(folder or "data"), bool(folder)
 
@@ -155,7 +155,7 @@ def _not_found(name: str, content: str) -> DataNotFoundError:
 
 
 def _images(data: Data, held_out: int, device: torch.device | str, validation: bool) -> Data:
-    """On the device; for validation the last `held_out` training images stand in place of the test images."""
+    """Move the tensors to the device; with `validation`, the last `held_out` training images replace the test images."""
     if validation:
         train_x, train_y = data.train_x, data.train_y
         data = Data(train_x[:-held_out], train_y[:-held_out], train_x[-held_out:], train_y[-held_out:])
@@ -166,7 +166,7 @@ def _digits() -> Data:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    # The samples stand in order of the 43 writers' sheets: shuffle, always in the same way.
+    # The samples are sorted by their 43 writers: shuffle them with a fixed seed.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = torch.as_tensor(pixels, dtype=torch.float32)[order] / 16
     y = torch.as_tensor(labels, dtype=torch.int64)[order]
@@ -187,7 +187,7 @@ def _torchvision(name: str) -> Data:
 
 
 def _cifar10_file(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of one of CIFAR-10's pickles."""
+    """Normalised images and labels of one of CIFAR-10's files."""
     with path.open("rb") as file:
         content = pickle.load(file, encoding="latin1")
     x = torch.as_tensor(content["data"]).view(-1, 3, 32, 32).float() / 255

@@ -1,22 +1,23 @@
-"""The exponent family on CIFAR-10: which eta in v = mean |g|^eta, m / v^(1/eta)? Held at six values, and learned from each of them.
+"""The exponent family on CIFAR-10: the step is m / v^(1/eta) with v the moving average of |g|^eta; eta is held at six values, or learned.
 
-    python -m experiments.exponent --jobs 2       32 minutes on two cores; resumes where it was stopped
-    python -m experiments.exponent --figures      the table and the figure from the results that are there
+    python -m experiments.exponent --jobs 2       32 minutes on two cores; resumes if it was stopped
+    python -m experiments.exponent --figures      the table and the figure from existing results
 
 A thesis on adaptive learning rates trains ResNet-44 with lr 1e-3, beta1 1e-3 (hardly any momentum) and eta ∈ {1/3, 1/2, 1, 2, 3, 4}, with
-and without the running maximum of v (eta = 2: AMSGrad, Adam), finds some eta ≠ 2 better, and leaves open how to choose eta. It has no
-number to compare with here. Protocol: batch 128, images mirrored and moved by up to 4 pixels; on two cores ResNet-20, the first 20,000
-training and 4,000 test images, one epoch and 2 seeds. Within a seed every run has the same initial weights and the same batches.
+and without the running maximum of v (for eta = 2 AMSGrad and Adam). It finds some eta ≠ 2 better and leaves open how to choose eta; it
+gives no number that could be compared with this experiment. Protocol: batch 128, images mirrored and shifted by up to 4 pixels. The
+default for two cores is ResNet-20, the first 20,000 training and 4,000 test images, one epoch and 2 seeds. All runs of a seed have the
+same initial weights and the same batches. The methods, each from the six values of eta:
 
-- held: lr 1e-3 and eta held, as the thesis has them.
-- eta: eta learned by Adam from each of the six, lr held at 1e-3.
-- lr: lr learned by Adam, eta held; without the running maximum only.
-- both: lr and eta learned by Adam; without the running maximum only. The schedule of the first seed is replayed with nothing learned, on
+- held: lr 1e-3 and eta held, as in the thesis.
+- eta: eta learned by Adam, lr held at 1e-3.
+- lr: lr learned by Adam, eta held; only without the running maximum.
+- both: lr and eta learned by Adam; only without the running maximum. The schedule of the first seed is replayed with nothing learned, on
   the rule of this library, as torch.optim has none with eta.
 
-As the thesis has it: python -m experiments.exponent --model resnet44 --images 50000 --epochs 200 --device cuda
-Apart from what is named, nothing but defaults of this library. Beside them torch.optim.Adam (lr 1e-3, its own betas) and what is
-recommended, hyperopt.auto.
+The setting of the thesis: python -m experiments.exponent --model resnet44 --images 50000 --epochs 200 --device cuda
+All other hyperparameters have the defaults of this library. For comparison, torch.optim.Adam (lr 1e-3, its own betas) and the
+recommended tower, hyperopt.auto.
 
 Writes exponent_<model>.json (every run), .md and .png to experiments/results.
 """
@@ -42,7 +43,7 @@ MAXIMA = {False: "without the running max", True: "with the running max"}
 
 
 def held(eta: float, running_max: bool, **options: Any) -> Hyper:
-    """The thesis's setting, and what every run starts from."""
+    """The setting of the thesis, from which every run starts."""
     return Hyper(Exponent, lr=1e-3, beta1=1e-3, eta=eta, running_max=running_max, **options)
 
 
@@ -59,33 +60,33 @@ REFERENCES: dict[str, Any] = {
 
 
 def methods(maximum: bool) -> tuple[str, ...]:
-    """Those that are run with or without the running maximum."""
+    """The methods that are run with the running maximum, or without it."""
     return ("held", "eta") if maximum else tuple(METHODS)
 
 
 def name(method: str, eta: str, maximum: bool) -> str:
-    """Of a cell in the result file."""
+    """The key of a cell in the result file, without the seed."""
     return f"{method} | eta {eta}{', running max' if maximum else ''}"
 
 
 def cells() -> Iterator[tuple[str, str, bool]]:
-    """The grid."""
+    """All cells: method, eta, running maximum or not."""
     yield from ((method, eta, maximum) for maximum in MAXIMA for method in methods(maximum) for eta in ETAS)
 
 
 def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every run."""
+    """Every run by its key."""
     grid = {name(m, eta, maximum): METHODS[m].make(ETAS[eta], maximum) for m, eta, maximum in cells()}
     return training.tasks(workload, REFERENCES | grid, seeds, log, {name("both", eta, False) for eta in ETAS}, **options)
 
 
 def errors(store: Store, method: str, eta: str, maximum: bool) -> list[float]:
-    """Of the seeds, infinite where a run diverged."""
+    """The error of each seed, infinite if the run diverged."""
     return metrics(store.seeds(name(method, eta, maximum)))
 
 
 def table(store: Store) -> str:
-    """Markdown: a line for each eta, without and with the running maximum; then the answer."""
+    """The results in Markdown: a row for each eta, without and with the running maximum; then the conclusion."""
     protocol = store.result["protocol"]
     head = ["eta", *(method.label for method in METHODS.values()), "both, first seed → replayed"]
     head += ["eta learned: eta at the end", "lr learned: lr", "both: lr, eta"]
@@ -95,7 +96,7 @@ def table(store: Store) -> str:
         for eta in ETAS:
             runs = {m: store.seeds(name(m, eta, maximum)) for m in METHODS}
             measured = [tables.mean_sd(metrics(runs[m])) if m in methods(maximum) else "" for m in METHODS]
-            # lr stands in every record, and moves where it is learned.
+            # Every run records lr, but only two methods learn it.
             ends = [tables.ends(runs[m], learned) for m, learned in (("eta", ["eta"]), ("lr", ["lr"]), ("both", ["lr", "eta"]))]
             rows.append([eta, *measured, "" if maximum else tables.replay(runs["both"]), *ends])
         parts += [f"{title.capitalize()}:\n", tables.markdown(head, rows)]
@@ -104,7 +105,7 @@ def table(store: Store) -> str:
 
 
 def answer(store: Store) -> list[str]:
-    """How to choose eta, from the runs without the running maximum; nothing where one is missing."""
+    """How to choose eta, as lines of Markdown, from the runs without the running maximum; empty if one of them is missing."""
     means = {m: {eta: float(np.mean(errors(store, m, eta, False) or [np.nan])) for eta in ETAS} for m in METHODS}
     if any(np.isnan(value) for found in means.values() for value in found.values()):
         return []
@@ -126,7 +127,7 @@ def answer(store: Store) -> list[str]:
 
 
 def draw(store: Store, path: Path) -> None:
-    """Errors against eta, and the learned etas, without and with the running maximum; the learned lr."""
+    """Draw the errors against eta and the learned etas, without and with the running maximum, and the learned lr."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3)

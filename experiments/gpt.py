@@ -1,25 +1,26 @@
-"""AdamW on a small GPT, its hyperparameters held and learned, against AdamW with warm-up and cosine at its best learning rate.
+"""AdamW on a small GPT with its hyperparameters held or learned, compared with AdamW with warm-up and cosine at its best learning rate.
 
     python -m experiments.gpt --jobs 2                                44 minutes on two cores beside other work; resumes
     python -m experiments.gpt --steps 5000 --batch 64 --device cuda   longer, on a GPU
-    python -m experiments.gpt --figures                               the table and the figure from the results that are there
+    python -m experiments.gpt --figures                               the table and the figure from existing results
 
-Protocol: tinyshakespeare, 4 layers of width 128 with 4 heads, batches of 16 sequences of 128 characters from random positions of the first
-nine tenths, 500 steps, 2 seeds; validation loss in nats per character over the last tenth, 256 blocks of 128. Within a seed every run
-has the same initial weights and the same batches. Everything else is AdamW's default: betas .9 and .999, eps 1e-8, weight decay .01.
+Protocol: tinyshakespeare, 4 layers of width 128 with 4 heads, batches of 16 sequences of 128 characters from random positions in the first
+nine tenths of the text, 500 steps, 2 seeds. The metric is the validation loss in nats per character, over 256 blocks of 128 characters
+of the last tenth. All runs of a seed have the same initial weights and the same batches. Hyperparameters that are not mentioned have
+AdamW's defaults: betas .9 and .999, eps 1e-8, weight decay .01.
 
-- cosine: torch.optim.AdamW, warm-up over the first tenth of the steps, then down to 0 along a cosine (OneCycleLR), from a peak lr of
-  3e-4 to 3e-2; the best of them on the data that it is measured on, which favours it.
+- cosine: torch.optim.AdamW with a warm-up over the first tenth of the steps and a cosine down to 0 (OneCycleLR), for five peaks of lr
+  from 3e-4 to 3e-2. The best peak is chosen on the data on which it is measured, which favours this method.
 
-From an initial lr of 1e-5, 1e-3 and 1e-1:
+The other methods, each from lr = 1e-5, 1e-3 and 1e-1:
 
 - held: torch.optim.AdamW.
-- paper: lr learned as it is and both betas, by SGD, horizon 1, no trust, with the step sizes of the paper's char-RNN.
-- defaults: lr alone learned by Adam, nothing but defaults of this library.
-- all: lr, both betas, eps and weight decay learned by Adam, nothing but defaults otherwise.
-- auto: what is recommended, hyperopt.auto.
+- paper: lr, as the number itself, and both betas learned by SGD with horizon 1, no trust and the step sizes of the paper's char-RNN.
+- defaults: only lr learned, by Adam, with the defaults of this library.
+- all: lr, both betas, eps and weight decay learned by Adam, otherwise with defaults.
+- auto: the recommended tower, hyperopt.auto.
 
-The schedules that the first seed of defaults and all learned are replayed on torch.optim.
+The schedules learned by the first seed of defaults and of all are replayed on torch.optim.
 
 Writes gpt.json (every run), .md and .png to experiments/results.
 """
@@ -50,7 +51,7 @@ LEARNED = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 def cosine(peak: float, steps: int) -> Any:
-    """AdamW with warm-up and cosine."""
+    """AdamW with warm-up and cosine, as a `make` of `training.train`."""
     schedule = partial(OneCycleLR, max_lr=peak, total_steps=max(2, steps), pct_start=0.1, cycle_momentum=False)
     return partial(training.reference, Hyper(AdamW, lr=peak), schedule)
 
@@ -66,12 +67,12 @@ METHODS = {
 
 
 def starts(method: str) -> tuple[float, ...]:
-    """The initial learning rates of a method; of cosine its peaks."""
+    """The initial learning rates of a method; for cosine, the peaks."""
     return PEAKS if method == "cosine" else STARTS
 
 
 def name(method: str, lr: float) -> str:
-    """Of a cell in the result file."""
+    """The key of a cell in the result file, without the seed."""
     return f"{method} | {lr:g}"
 
 
@@ -87,19 +88,19 @@ def workload(steps: int, batch: int) -> Workload:
 
 
 def plan(workload: Workload, seeds: int, log: Path, **options: Any) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every run."""
+    """Every run by its key."""
     grid = {name(m, lr): METHODS[m].make(lr, workload.steps) for m, lr in cells()}
     return training.tasks(workload, grid, seeds, log, {name(m, lr) for m, lr in cells() if m in ("defaults", "all")}, **options)
 
 
 def best(store: Store) -> float:
-    """The peak at which AdamW with warm-up and cosine is best."""
+    """The best peak of AdamW with warm-up and cosine."""
     found = {lr: metrics(store.seeds(name("cosine", lr))) for lr in PEAKS}
     return min((lr for lr in PEAKS if found[lr]), key=lambda lr: float(np.mean(found[lr])), default=PEAKS[0])
 
 
 def table(store: Store) -> str:
-    """Markdown: a line for each initial learning rate, and AdamW with warm-up and cosine."""
+    """The results in Markdown: a row for each initial learning rate, then AdamW with warm-up and cosine."""
     protocol = store.result["protocol"]
     (_, (cosine, *_)), *others = METHODS.items()
     head = ["validation loss from lr", *(method.label for _, method in others), "AdamW / Adam, first seed → replayed"]
@@ -121,7 +122,7 @@ def table(store: Store) -> str:
 
 
 def draw(store: Store, path: Path) -> None:
-    """Loss against lr and against the step, the learned lr beside the cosine, and everything else that was learned."""
+    """Draw the loss against lr and against the step, the learned lr together with the cosine, and the other learned values."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 10), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -154,7 +155,7 @@ def _rates(axes: Axes, store: Store) -> None:
 
 
 def _others(axes: Axes, store: Store) -> None:
-    """By how much each value that was learned beside lr has moved; a decay by its distance from 1."""
+    """Plot how far each value learned beside lr has moved, relative to its start; for a beta, 1 − beta."""
     for color, what in enumerate(LEARNED[1:]):
         for style, lr in zip((":", "-", "--"), STARTS, strict=True):
             beta = what.startswith("beta")
@@ -169,7 +170,7 @@ def _others(axes: Axes, store: Store) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="of each run")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="steps of each run")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="sequences of 128 characters")] = 16,
     seeds: cli.Seeds = 2,
     jobs: cli.Jobs = 1,

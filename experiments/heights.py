@@ -1,21 +1,21 @@
-"""Towers of height 0 to 3 from initial learning rates of 1e-8 to 1e2: what each level takes off the sensitivity to the start, and costs.
+"""Towers of height 0 to 3 from initial learning rates of 1e-8 to 1e2: how much each level reduces the sensitivity to lr, and its cost.
 
-    python -m experiments.heights --jobs 2       66 minutes on two cores; resumes where it was stopped
-    python -m experiments.heights --figures      the tables and the figure from the results that are there
+    python -m experiments.heights --jobs 2       66 minutes on two cores; resumes if it was stopped
+    python -m experiments.heights --figures      the tables and the figure from existing results
 
-Three workloads, each with the base optimizer of the paper's experiments on it: the MLP of the paper on MNIST (SGD, 30 epochs as in the
-paper, two seeds), ResNet-20 on 20,000 images of CIFAR-10 (SGD, 120 steps of 128, one seed), the char-RNN on War and Peace (Adam, 400
-steps, one seed). The paper trains the last two for 200 epochs and 50,000 steps: --steps and --workload do so elsewhere. Every cell of
-the grid is run: 11 starts, 4 heights, and two kinds of towers.
+Three workloads, each with the optimizer that the paper uses for it at level 0: the paper's MLP on MNIST (SGD, 30 epochs as in the paper,
+two seeds), ResNet-20 on 20,000 images of CIFAR-10 (SGD, 120 steps with batch 128, one seed), and the char-RNN on War and Peace (Adam, 400
+steps, one seed). The paper trains the last two for 200 epochs and 50,000 steps; on a faster machine, --workload and --steps do the same.
+Every cell of the grid is run: 11 initial values of lr, 4 heights, and two kinds of towers.
 
-- paper: SGD on every level above, horizon 1, no trust, alpha learned as it is. On the MLP every level has the step size of level 0,
-  elsewhere the step sizes above are those that the paper gives: from alpha ≤ 1e-4 [alpha·1e2, alpha, alpha·1e-2], from alpha ≥ 1e-3
-  [alpha·1e-3, alpha·1e-4, 1e-8].
-- defaults: Adam on every level above, nothing but defaults.
+- paper: SGD on every level above, horizon 1, no trust, lr learned as the number itself rather than its logarithm. On the MLP all levels
+  have the step size alpha of level 0. On the other workloads the levels above have the step sizes that the paper gives: for alpha ≤ 1e-4
+  [alpha·1e2, alpha, alpha·1e-2], for alpha ≥ 1e-3 [alpha·1e-3, alpha·1e-4, 1e-8].
+- defaults: Adam on every level above, with defaults.
 
-On the MLP the learned schedule of the first seed is replayed on torch.optim; schedules of the other two are replayed by cifar and
-char_rnn. Of the paper's figure the MLP's curves were read off; there are no numbers of the other two. In the end, with one process, the
-time of a step against height.
+On the MLP the schedule that the first seed learned is replayed on torch.optim; for the other two workloads, experiments.cifar and
+experiments.char_rnn do this. The paper's curves for the MLP were read off its figure; for the other two it has no numbers. Finally the
+time of a training step is measured against the height, in a single process.
 
 Writes heights.json (every run), .md and .png to experiments/results.
 """
@@ -47,19 +47,19 @@ from hyperopt import SGD, Adam, Hyper, Real, Rule
 STARTS = [10.0**k for k in range(-8, 3)]
 HEIGHTS = range(4)
 KINDS = {"paper": "the paper's step sizes", "defaults": "our defaults"}
-# Read off the paper's figure, ±1, for the MLP: error % by height from each start; None where the figure shows nothing.
+# Error in percent of the MLP for each height and each start, read off the paper's figure to about ±1; None where it shows no point.
 PAPER: list[list[float | None]] = [
     [89, 90, 87, 85, 36, 15, 9, None, 2.4, 3.2, None],
     [78, 33, 16, 10.6, 8.3, 6.0, 4.1, None, 4, 6.5, 58],
     [13.5, 10.4, 8.6, 7.4, 5.6, 4.2, 3.9, None, 4, 4, 59],
     [10.2, 8.8, 7.7, 6.5, 5.1, 4.1, 3.9, None, 4, 3.8, 29],
 ]
-# More time for three levels than for none, in the paper's figure, %.
+# Time that three levels add to the step of level 0, in percent, from the paper's figure.
 PAPER_TIME = {"mlp": 3.4, "resnet": 6.2, "rnn": 5.0}
 
 
 class Problem(NamedTuple):
-    """A workload, the rule at level 0, the seeds, and the steps that are timed."""
+    """A workload, the rule at level 0, the number of seeds, and the number of steps that are timed."""
 
     workload: Workload
     rule: type[Rule]
@@ -89,7 +89,7 @@ PROBLEMS = {
 
 
 def tower(name: str, kind: str, height: int, start: float) -> Hyper:
-    """A tower of the grid."""
+    """The tower of a cell."""
     rule = PROBLEMS[name].rule
     if kind == "defaults":
         found = Hyper(rule, lr=start)
@@ -104,7 +104,7 @@ def tower(name: str, kind: str, height: int, start: float) -> Hyper:
 
 
 def steps_above(name: str, start: float) -> list[float]:
-    """The paper's step sizes of the levels 1 to 3."""
+    """The paper's step sizes of levels 1 to 3."""
     if name == "mlp":
         return [start] * 3
     if start < 3e-4:
@@ -113,18 +113,18 @@ def steps_above(name: str, start: float) -> list[float]:
 
 
 def label(name: str, kind: str, height: int, start: float) -> str:
-    """The name in the result file, before the seed; at height 0 the two kinds are one."""
+    """The key of a cell in the result file, without the seed; at height 0 the two kinds are the same."""
     return f"{name} | {kind if height else 'no tower'} | {height} | {start:g}"
 
 
 def problem(name: str, steps: int | None) -> Workload:
-    """The workload, with `steps` in place of its own."""
+    """The workload, shortened to `steps` if they are given."""
     workload = PROBLEMS[name].workload
     return replace(workload, steps=steps, title=f"{workload.title}, but {steps} steps") if steps else workload
 
 
 def plan(names: list[str], steps: int | None, device: str, log: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every run of the grid, of one workload after the other."""
+    """Every run by its key, one workload after the other."""
     return {
         key: partial(
             training.train,
@@ -146,12 +146,12 @@ def plan(names: list[str], steps: int | None, device: str, log: Path) -> dict[st
 
 
 def kinds(height: int) -> list[str]:
-    """One at height 0."""
+    """The kinds of towers that are run at this height; at height 0 only one, as they are the same."""
     return list(KINDS) if height else ["paper"]
 
 
 def times(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
-    """Milliseconds of a training step, the median of `steps` of them, for torch's optimizer and for each kind and height, in turn."""
+    """Median time of a training step in milliseconds over `steps` steps, for torch's optimizer and each kind and height, taking turns."""
     workload = PROBLEMS[name].workload
     towers = {f"{kind} {height}": tower(name, kind, height, 1e-3) for kind in KINDS for height in HEIGHTS}
     runs = {}
@@ -173,12 +173,12 @@ def times(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def errors(store: Store, name: str, kind: str, height: int, start: float, *path: str) -> list[float]:
-    """The metric of the seeds, infinite where a run diverged."""
+    """The metric of each seed, infinite if the run diverged; `path` as in `metrics`."""
     return metrics(store.seeds(label(name, kind, height, start)), *path)
 
 
 def table(store: Store) -> str:
-    """Markdown: for each workload a line for each height and kind, and the time."""
+    """The results in Markdown: for each workload a row for each height and kind, then the times."""
     parts = []
     for name, (workload, rule, seeds, _) in PROBLEMS.items():
         rows = []
@@ -202,7 +202,7 @@ def _title(store: Store, name: str) -> str:
 
 
 def _count(store: Store, name: str) -> str:
-    """In how many cells the defaults are better, and which ones they are not."""
+    """In how many cells the defaults are better, and in which they are not."""
     pairs = [(h, s, *(errors(store, name, kind, h, s) for kind in ("defaults", "paper"))) for h in HEIGHTS[1:] for s in STARTS]
     done = [(h, s, float(np.mean(ours)), float(np.mean(theirs))) for h, s, ours, theirs in pairs if ours and theirs]
     lost = [f"height {h} from {s:.0e} ({ours:.2f}, {theirs:.2f})" for h, s, ours, theirs in done if not ours < theirs]
@@ -224,7 +224,7 @@ def _times(store: Store) -> str:
 
 
 def draw(store: Store, path: Path) -> None:
-    """A column for each workload: the paper's step sizes, our defaults, and the time of a step."""
+    """Draw a column for each workload: the paper's step sizes, our defaults, and the time of a step."""
     figure = Figure(figsize=(15, 12), layout="constrained")
     panels = figure.subplots(3, len(PROBLEMS), height_ratios=[3, 3, 2])
     for column, (name, (workload, rule, *_)) in enumerate(PROBLEMS.items()):
@@ -250,13 +250,13 @@ def _bottom(store: Store, name: str) -> float:
 def _sensitivity(axes: Axes, store: Store, name: str, kind: str) -> None:
     workload = PROBLEMS[name].workload
     for height in HEIGHTS:
-        look = {"color": f"C{height}", "markersize": 4}
+        style = {"color": f"C{height}", "markersize": 4}
         runs = {start: store.seeds(label(name, kind, height, start)) for start in STARTS}
-        plots.against(axes, runs, top=1.1 * workload.guess, label=f"height {height}", **look)
+        plots.against(axes, runs, top=1.1 * workload.guess, label=f"height {height}", **style)
         if name == "mlp" and kind == "paper":
             read = [(start, error) for start, error in zip(STARTS, PAPER[height], strict=True) if error is not None]
             shown = "read off the paper's figure" if height == 0 else None
-            axes.plot([s for s, _ in read], [e for _, e in read], "x:", linewidth=1, label=shown, **look)
+            axes.plot([s for s, _ in read], [e for _, e in read], "x:", linewidth=1, label=shown, **style)
     axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
     axes.set(xscale="log", yscale="log", xlim=(5e-9, 2e2), xlabel="initial lr", ylabel=f"test {workload.metric}")
     plots.decimal_ticks(axes.yaxis)
@@ -275,7 +275,7 @@ def _time(axes: Axes, store: Store, name: str) -> None:
 
 def main(
     workload: Annotated[list[str] | None, typer.Option(help=f"only this one of {', '.join(PROBLEMS)}; may be repeated")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="in place of the protocol's")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="steps of each run, in place of the protocol's")] = None,
     jobs: cli.Jobs = 1,
     device: cli.Device = "cpu",
     again: cli.Again = None,

@@ -1,17 +1,18 @@
-"""Weight decay learned on held-out data: what `hyper_backward` wins where a model overfits.
+"""Weight decay learned from held-out data: the benefit of `hyper_backward` for a model that overfits.
 
-    python -m experiments.held_out                11 minutes on one core beside other work; resumes where it was stopped
-    python -m experiments.held_out --figures      the table and the figure from the results that are there
+    python -m experiments.held_out                11 minutes on one core beside other work; resumes if it was stopped
+    python -m experiments.held_out --figures      the table and the figure from existing results
 
-Protocol: MNIST and Fashion-MNIST, the first 1,000 training images and no more, MLP 784-128-10, tanh, 1,000 steps of 100, 3 seeds; another
-1,000 training images are held out for the hypergradient; loss and error on the test images. Within a seed every run has the same initial
-weights and the same batches. AdamW with lr learned by Adam, nothing but defaults, from five weight decays of 1e-3 to 10:
+Protocol: MNIST and Fashion-MNIST, only the first 1,000 training images, MLP 784-128-10, tanh, 1,000 steps with batch 100, 3 seeds. Another
+1,000 training images are held out for the hypergradient; loss and error are measured on the test images. All runs of a seed have the same
+initial weights and the same batches. The optimizer is AdamW with lr learned by Adam, with defaults, from five values of weight decay
+between 1e-3 and 10. The methods:
 
 - held: lr learned from the training loss, weight decay held.
 - training: both learned from the training loss.
-- lr held-out: lr learned from the held-out loss alone, weight decay held.
-- held-out: both learned from the held-out loss alone.
-- all images: as held, but with the held-out images to train on as well, 2,000 in all.
+- lr held-out: lr learned from the held-out loss only, weight decay held.
+- held-out: both learned from the held-out loss only.
+- all images: as held, but trained on the held-out images too, on 2,000 images in all.
 
 Writes held_out.json (every run), .md and .png to experiments/results.
 """
@@ -38,7 +39,7 @@ IMAGES, BATCH = 1000, 100
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 DATASETS = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
 LEARNED = "AdamW(weight_decay={}, learn=(lr, weight_decay)) / Adam"
-# Name: label, tower, from the held-out loss, images to train on.
+# For each method: label, tower, whether it learns from the held-out loss, number of training images.
 METHODS = {
     "held": ("lr from the training loss, weight decay held", "AdamW(weight_decay={}) / Adam", False, IMAGES),
     "training": ("both from the training loss", LEARNED, False, IMAGES),
@@ -51,12 +52,12 @@ load = lru_cache(data.load)
 
 
 def train(dataset: str, method: str, decay: float, seed: int, steps: int, validation: bool) -> dict[str, Any]:
-    """One run: loss and error in percent at the end (None: not finite), and the course of lr and weight decay."""
+    """One run: final loss and error in percent (None if not finite), and the values of lr and weight decay at up to 100 steps."""
     _, text, held_out, images = METHODS[method]
     x, y, test_x, test_y = load(dataset, validation=validation)
     torch.manual_seed(seed)
     model = models.mlp(x.shape[1])
-    # Larger than the run: nothing is learned from the training loss.
+    # hyper_every larger than the number of steps: nothing is learned from the training loss.
     optimizer = Hyper.parse(text.format(decay)).bind(model.parameters(), hyper_every=steps + 1 if held_out else 1)
     draw, draw_held_out = (torch.Generator().manual_seed(s) for s in (seed, seed + 1000))
     with Recorder(optimizer, max(1, steps // 100)) as recorder:
@@ -78,23 +79,23 @@ def train(dataset: str, method: str, decay: float, seed: int, steps: int, valida
 
 
 def name(dataset: str, method: str, decay: float) -> str:
-    """Of a cell in the result file."""
+    """The key of a cell in the result file, without the seed."""
     return f"{dataset} | {method} | {decay:g}"
 
 
 def cells() -> Iterator[tuple[str, str, float]]:
-    """The grid."""
+    """All cells: data set, method, weight decay."""
     return product(DATASETS, METHODS, DECAYS)
 
 
 def scores(store: Store, dataset: str, method: str, measure: str) -> list[list[float]]:
-    """For each weight decay the loss or the error of the seeds, infinite where it is not finite."""
+    """For each weight decay, the loss or the error of each seed, infinite if it was not finite."""
     runs = [store.seeds(name(dataset, method, decay)) for decay in DECAYS]
     return [[np.inf if run[measure] is None else run[measure] for run in found] for found in runs]
 
 
 def table(store: Store) -> str:
-    """Markdown: for each data set a line for each method and measure."""
+    """The results in Markdown: for each data set a row for each method and measure."""
     protocol = store.result["protocol"]
     parts = [f"{protocol['title']}; mean ± sd of {protocol['seeds']} seeds.\n"]
     for dataset, title in DATASETS.items():
@@ -110,7 +111,7 @@ def table(store: Store) -> str:
 
 
 def draw(store: Store, path: Path) -> None:
-    """A row for each data set: loss and error against the weight decay at first, and the learned weight decays."""
+    """Draw a row for each data set: loss and error against the initial weight decay, and the learned weight decays."""
     protocol = store.result["protocol"]
     figure = Figure(figsize=(15, 8), layout="constrained")
     panels = figure.subplots(len(DATASETS), 3)
@@ -139,7 +140,9 @@ def draw(store: Store, path: Path) -> None:
 def main(
     steps: cli.Steps = 1000,
     seeds: cli.Seeds = 3,
-    validation: Annotated[bool, typer.Option(help="measure on the last 10,000 training images, into held_out_validation.json")] = False,
+    validation: Annotated[
+        bool, typer.Option(help="measure on the last 10,000 training images; the results are in held_out_validation.json")
+    ] = False,
     jobs: cli.Jobs = 1,
     again: cli.Again = None,
     out: cli.Out = cli.RESULTS,

@@ -1,8 +1,8 @@
-"""Train the paper's MLP with a tower, then with what it started from and with what it learned, held.
+"""Train the paper's MLP with a tower, then with its initial and with its learned hyperparameters held constant.
 
     python -m experiments.mnist --tower "Adam / SGD" --dataset mnist --epochs 3 --seed 0
 
-Protocol: 784-128-10, tanh, cross entropy, inputs in [0, 1], batch 256; the three runs share their initial weights and their batches.
+Protocol: 784-128-10, tanh, cross entropy, inputs in [0, 1], batch 256; the three runs have the same initial weights and the same batches.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from hyperopt import Hyper, Recorder
 
 
 def main(
-    tower: Annotated[str, typer.Option(help="the optimizer and those that tune it, lowest first")] = "Adam / SGD",
+    tower: Annotated[str, typer.Option(help="the optimizer of the weights and those above it, lowest first")] = "Adam / SGD",
     dataset: Annotated[str, typer.Option(help=f"one of {', '.join(data.NAMES)}")] = "mnist",
     epochs: Annotated[int, typer.Option(min=1)] = 3,
-    seed: Annotated[int, typer.Option(help="of the initial weights and of the batches")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the initial weights and of the batches")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="images per step")] = 256,
     hidden: Annotated[int, typer.Option(min=1, help="width of the hidden layer")] = 128,
-    validation: Annotated[bool, typer.Option(help="measure on held-out training images and leave the test images alone")] = False,
+    validation: Annotated[bool, typer.Option(help="measure on held-out training images instead of the test images")] = False,
     device: Annotated[str, typer.Option(help="auto (cuda if there is one), cpu, cuda, …")] = "auto",
     out: Annotated[Path, typer.Option(help="folder for TensorBoard log, CSV, PNG and result.json")] = Path("runs/mnist"),
 ) -> None:
-    """Train an MLP with a tower, and compare with its rule held at the initial and at the learned values."""
+    """Train an MLP with a tower, and compare it with its rule held at the initial and at the learned values."""
     try:
         spec = Hyper.parse(tower)
     except ValueError as error:
@@ -51,7 +51,7 @@ def main(
     runs = []
 
     def train(name: str, spec: Hyper) -> Recorder:
-        """One run from the seed's initial weights on the seed's batches; its row is added to `runs`."""
+        """Train one run, and append its results to `runs`."""
         torch.manual_seed(seed)
         model = models.mlp(images.train_x.shape[1], hidden).to(device)
         shuffle = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def main(
                     optimizer.step()
                     losses.append(loss.detach())
                     bar.update()
-                losses = torch.stack(losses).tolist()  # the only sync of the epoch's steps
+                losses = torch.stack(losses).tolist()  # the only host sync of the epoch
                 seconds += time.perf_counter() - started
                 with torch.no_grad():
                     wrong = model(images.test_x).argmax(1) != images.test_y

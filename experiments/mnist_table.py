@@ -1,19 +1,20 @@
-"""Every row of Table 1 of Gradient Descent: The Ultimate Optimizer, on MNIST: the paper's number beside ours.
+"""Every row of Table 1 of Gradient Descent: The Ultimate Optimizer, on MNIST: the paper's numbers beside ours.
 
-    python -m experiments.mnist_table --jobs 2       70 minutes on two cores, beside other work; resumes where it was stopped
-    python -m experiments.mnist_table --figures      the table and the figure from the results that are there
+    python -m experiments.mnist_table --jobs 2       70 minutes on two cores, beside other work; resumes if it was stopped
+    python -m experiments.mnist_table --figures      the table and the figure from existing results
 
-Protocol: MLP 784-128-10, tanh, batch 256, inputs in [0, 1], cross entropy, 3 seeds; rows of SGD 30 epochs, the others 5, as in the paper.
-Within a seed every run has the same initial weights and the same batches. Readings of a row, each in a column:
+Protocol: MLP 784-128-10, tanh, batch 256, inputs in [0, 1], cross entropy, 3 seeds; 30 epochs in rows of SGD and 5 in the others, as in
+the paper. All runs of a seed have the same initial weights and the same batches. Each row of the paper is run in several ways ("readings"),
+one in each column:
 
 - authors: the authors' published code, on the model of its example, which has a tanh on the output too.
-- paper: their settings in this library, on the same model: horizon 1, no trust, alpha learned as it is (RMSProp: its square root), decays
-  through (tanh + 1) / 2, and the step sizes of the table; where it names none, those of the published code.
-- defaults: the same rules and the same start, and nothing but defaults of this library otherwise; on the same model.
+- paper: their settings in this library, on the same model: horizon 1, no trust, alpha (lr) learned as the number itself (RMSProp: through
+  its square root), decays through (tanh + 1) / 2, and the step sizes of the table or, if it gives none, of the published code.
+- defaults: the same rules from the same values, otherwise with the defaults of this library, on the same model.
 - paper, linear and defaults, linear: the same without the tanh on the output.
 
-The caption of the table says beta2 = .99 for Adam, the published code .999: authors and paper run both. After each tower follows
-torch.optim with the learned values held, as in the paper, and on the linear model also with the whole learned schedule.
+For Adam the caption of the table says beta2 = .99 and the published code has .999: authors and paper are run with both. After each tower,
+torch.optim is run with the learned values held, as in the paper, and on the linear model also with the whole learned schedule.
 
 Writes mnist_table.json (every run), .md and .png to experiments/results.
 """
@@ -44,33 +45,33 @@ ALPHA = ("lr",)
 
 
 class Paper(NamedTuple):
-    """Test error in percent over 3 runs."""
+    """A number of the paper: test error in percent, mean and standard deviation of 3 runs."""
 
     mean: float
     sd: float
 
 
 class Row(NamedTuple):
-    """A row of the paper's table; without `above` one of its plain optimizers."""
+    """A row of the paper's table: a tower, or a plain optimizer if there is no `above`."""
 
     rule: type[Rule]
     tower: Paper
     learn: tuple[str, ...] = ALPHA
     above: type[Rule] | None = None
-    step: float = 0.0  # of the optimizer above
+    step: float = 0.0  # step size of the optimizer above
     held: Paper | None = None
     beta2: float = 0.999
 
     @property
     def name(self) -> str:
-        """Unique in the table."""
+        """The name of the row, unique in the table."""
         beta2 = f", beta2={self.beta2:g}" if self.beta2 != 0.999 else ""
         base = f"{self.rule.__name__}({START[self.rule]:g}{beta2})"
         return f"{base}, {' '.join(self.learn)} / {self.above.__name__}({self.step:g})" if self.above else base
 
     @property
     def epochs(self) -> int:
-        """As in the paper."""
+        """Number of epochs, as in the paper."""
         return 30 if self.rule is SGD else 5
 
 
@@ -100,7 +101,7 @@ ROWS = [
     Row(RMSprop, Paper(3.42, 0.45), ALPHA, RMSprop, 1e-4, Paper(3.60, 0.04)),
     Row(RMSprop, Paper(2.96, 0.11), GAMMA, RMSprop, 1e-4, Paper(3.65, 0.36)),
 ]
-# Of the published code: AdaGrad's sum starts at .1; RMSProp takes √(v + 1e-8), which eps = 1e-4 beside the root equals at v = 0.
+# In the published code AdaGrad's sum starts at .1, and RMSProp divides by √(v + 1e-8); √v + 1e-4 equals that at v = 0.
 EXTRA: dict[type[Rule], dict[str, float]] = {Adagrad: {"initial_accumulator_value": 0.1}, RMSprop: {"eps": 1e-4}}
 DIFFERENCES = (
     "What is left between the paper's settings here and the authors' code: their Adam starts v at 1e-8 and not at 0, which makes its first "
@@ -111,12 +112,12 @@ DIFFERENCES = (
 
 
 def authors(row: Row, model: nn.Module) -> list[Any]:
-    """The authors' code."""
+    """The authors' code, as a `make` of `training.train`."""
     return [Authors(model, row.rule, START[row.rule], row.learn, row.above, row.step, row.beta2)]
 
 
 def paper(row: Row) -> Hyper:
-    """The paper's settings."""
+    """The paper's settings in this library."""
     tower = Hyper(
         row.rule, lr=START[row.rule], learn=row.learn, horizon=1, trust=None, domains=DOMAINS[row.rule], **_published(row.rule, row)
     )
@@ -124,18 +125,18 @@ def paper(row: Row) -> Hyper:
 
 
 def _published(rule: type[Rule], row: Row) -> dict[str, Any]:
-    """The values of the published code where they are not ours."""
+    """The values in which the published code differs from our defaults."""
     return EXTRA.get(rule, {}) | ({"beta2": row.beta2} if rule is Adam else {})
 
 
 def defaults(row: Row) -> Hyper:
-    """Our defaults from the same start."""
+    """The same rules from the same start, with our defaults."""
     tower = Hyper(row.rule, lr=START[row.rule], learn=row.learn)
     return tower.stack(row.above) if row.above else tower
 
 
 class Reading(NamedTuple):
-    """A column."""
+    """A way to run a row, shown in a column of the table."""
 
     make: Callable[[Row], Any]
     model: Callable[[], nn.Sequential]
@@ -154,24 +155,24 @@ READINGS = {
 
 
 def readings(row: Row) -> list[str]:
-    """Those that are run for a row: the other beta2 is a question of what the paper did."""
+    """The readings that are run for a row. beta2 = .99 has no run of our defaults: it is there to find out what the paper used."""
     return [name for name in READINGS if row.beta2 == 0.999 or name in ("authors", "paper")]
 
 
 def label(row: Row, reading: str) -> str:
-    """The name in the result file, before the seed."""
+    """The key in the result file, without the seed."""
     return f"{row.name} | {reading}"
 
 
 def workload(row: Row, reading: str, steps: int | None) -> Workload:
-    """MNIST for as many epochs as the paper has."""
+    """MNIST for as many epochs as in the paper, but no more than `steps` steps."""
     count = min(row.epochs * EPOCH, steps or row.epochs * EPOCH)
     title = f"MNIST, MLP 784-128-10, batch 256, {row.epochs} epochs"
     return replace(WORKLOADS["m3"], title=title, steps=count, make=READINGS[reading].model)
 
 
 def plan(seeds: int, steps: int | None, log: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every run."""
+    """Every run by its key."""
     return {
         key: partial(
             training.train,
@@ -189,25 +190,25 @@ def plan(seeds: int, steps: int | None, log: Path) -> dict[str, Callable[[], dic
 
 
 def errors(store: Store, row: Row, reading: str, *path: str) -> list[float]:
-    """Of the seeds, infinite where a run diverged."""
+    """The error of each seed, infinite if the run diverged; `path` as in `metrics`."""
     return metrics(store.seeds(label(row, reading)), *path)
 
 
 def lands(ours: list[float], theirs: Paper) -> bool:
-    """Within two standard deviations, the larger of the two, or half a point."""
+    """Whether our mean is within two standard deviations of theirs (the larger of ours and theirs), or within half a point."""
     sd = max(theirs.sd, float(np.std(ours, ddof=1)) if len(ours) > 1 else 0.0)
     return abs(float(np.mean(ours)) - theirs.mean) <= max(2 * sd, 0.5)
 
 
 def beats(ours: list[float], theirs: list[float]) -> str:
-    """Whether the mean of our defaults is below the mean of the paper's tower."""
+    """Whether the mean error of our defaults is below that of the paper's tower."""
     if not ours or not theirs:
         return "–"
     return "yes" if np.mean(ours) < np.mean(theirs) else "no"
 
 
 def verdict(ours: list[float], theirs: list[float], number: Paper | None) -> str:
-    """Whether the paper's settings reach the paper's number; where not, whether the authors' own code does here."""
+    """Whether the paper's settings reproduce the paper's number and, if not, whether the authors' own code does."""
     if not ours or not number:
         return "–"
     if lands(ours, number):
@@ -218,7 +219,7 @@ def verdict(ours: list[float], theirs: list[float], number: Paper | None) -> str
 
 
 def table(store: Store) -> str:
-    """Markdown: a line for each row of the paper, under it torch.optim with the values held, and with the whole schedule."""
+    """The results in Markdown: each row of the paper, followed by torch.optim with the learned values and with the schedule."""
     head = ["test error, %", "paper", *READINGS, "paper's number reached", "defaults better", "linear too"]
     lines = []
     for row in ROWS:
@@ -260,14 +261,14 @@ def _ends(store: Store, row: Row, reading: str) -> str:
 
 
 def draw(store: Store, path: Path) -> None:
-    """Left the table as points, right the learned learning rates."""
+    """Draw the table as points on the left, and the learned learning rates on the right."""
     seeds = store.result["protocol"]["seeds"]
     figure = Figure(figsize=(15, 11), layout="constrained")
     left, *panels = figure.subplot_mosaic([["t", "a", "b"], ["t", "c", "d"]], width_ratios=[1.5, 1, 1]).values()
-    for offset, (reading, look) in zip(np.linspace(-0.3, 0.3, len(READINGS)), READINGS.items(), strict=True):
+    for offset, (reading, style) in zip(np.linspace(-0.3, 0.3, len(READINGS)), READINGS.items(), strict=True):
         points = [(i, measured) for i, row in enumerate(ROWS) if (measured := errors(store, row, reading)) and np.isfinite(measured).all()]
         ys, means, sds = ([i + offset for i, _ in points], [np.mean(e) for _, e in points], [_sd(e) for _, e in points])
-        left.errorbar(means, ys, xerr=sds, fmt=look.marker, color=look.color, markersize=5, capsize=2, linewidth=1, label=reading)
+        left.errorbar(means, ys, xerr=sds, fmt=style.marker, color=style.color, markersize=5, capsize=2, linewidth=1, label=reading)
     left.errorbar(
         [row.tower.mean for row in ROWS],
         range(len(ROWS)),
@@ -294,7 +295,7 @@ def draw(store: Store, path: Path) -> None:
 
 
 def _courses(axes: Axes, store: Store, rows: Iterable[Row]) -> None:
-    """The learned lr of these towers."""
+    """Plot the learned lr of these towers."""
     for color, row in enumerate(rows):
         for reading, style in ("paper, linear", "--"), ("defaults, linear", "-"):
             shown = f"{row.name.partition(', ')[2]}, {reading.partition(',')[0]}"

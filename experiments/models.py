@@ -17,7 +17,7 @@ def mlp(inputs: int = 784, hidden: int = 128, outputs: int = 10) -> nn.Sequentia
 
 
 def cnn(filters: tuple[int, int] = (32, 64), hidden: int = 1024, outputs: int = 10) -> nn.Sequential:
-    """The simple CNN of Choi et al. (2019) for flat images of 28×28: twice 5×5 convolution, ReLU and pooling, then a dense layer."""
+    """The simple CNN of Choi et al. (2019) for flat images of 28×28: two blocks of 5×5 convolution, ReLU, pooling, and a dense layer."""
     first, second = filters
     return nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
@@ -29,7 +29,7 @@ def cnn(filters: tuple[int, int] = (32, 64), hidden: int = 1024, outputs: int = 
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut without parameters: every second pixel, new channels zero (option A of He et al.)."""
+    """Two 3×3 convolutions and a shortcut that subsamples pixels and pads channels with zeros (option A of He et al.)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 def resnet(depth: int = 20, outputs: int = 10) -> nn.Sequential:
-    """The ResNet of He et al. (2016) for CIFAR's 32×32: depth 20, 32, 44 or 56, in general 6n + 2; their initialisation.
+    """The ResNet of He et al. (2016) for CIFAR's 32×32 images, with their initialisation. Depth 20, 32, 44 or 56, in general 6n + 2.
 
     Raises:
         ValueError: depth is not 6n + 2.
@@ -69,7 +69,7 @@ def resnet(depth: int = 20, outputs: int = 10) -> nn.Sequential:
 def vgg16(outputs: int = 10) -> nn.Sequential:
     """The convolutions of VGG-16 (Simonyan and Zisserman 2015, configuration D) with BatchNorm, from torchvision.
 
-    Of an image of 32×32 the last pooling leaves one pixel of 512 channels, which one linear layer reads.
+    For an image of 32×32 the last pooling leaves one pixel of 512 channels, followed by one linear layer.
     """
     from torchvision.models import vgg
 
@@ -77,7 +77,7 @@ def vgg16(outputs: int = 10) -> nn.Sequential:
 
 
 def resnet18(outputs: int = 10) -> nn.Module:
-    """torchvision's ResNet-18 (He et al. 2016) for 32×32: it begins with a 3×3 convolution without stride, and has no pooling after it."""
+    """torchvision's ResNet-18 (He et al. 2016) for 32×32 images: the first convolution is 3×3 without stride, and no pooling follows it."""
     from torchvision import models
 
     model: Any = models.resnet18(num_classes=outputs)
@@ -86,14 +86,14 @@ def resnet18(outputs: int = 10) -> nn.Module:
 
 
 def _initialised(model: Any) -> Any:
-    """Convolutions as He et al. (2015) begin."""
+    """Initialise convolutions as He et al. (2015)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
     return model
 
 
-# By their names, for 32×32 pixels in three colours.
+# Networks for images of 3×32×32, by name.
 CIFAR: dict[str, Callable[[], nn.Module]] = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56)},
     "vgg16": vgg16,
@@ -102,7 +102,7 @@ CIFAR: dict[str, Callable[[], nn.Module]] = {
 
 
 class CharRNN(nn.Module):
-    """The LSTM of Chandra et al. (2022) on characters; every sequence begins with a zero state.
+    """The character LSTM of Chandra et al. (2022); every sequence begins with a zero state.
 
     Takes indices of shape (sequences, length), returns logits of shape (sequences, length, alphabet).
     """
@@ -118,7 +118,7 @@ class CharRNN(nn.Module):
 
 
 class Layer(nn.Module):
-    """Causal attention, then an MLP, each on the normalised input and added to it (pre-LN)."""
+    """A transformer layer: causal attention and an MLP, each with a residual connection and a LayerNorm before it (pre-LN)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer on characters with learned positions; initialised as GPT-2.
+    """A decoder-only transformer on characters with learned positional embeddings, initialised like GPT-2.
 
     Takes indices of shape (sequences, length ≤ context), returns logits of shape (sequences, length, alphabet).
     """
@@ -147,7 +147,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, alphabet, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # What adds to the residual stream is smaller, so that the sum does not grow with depth.
+                # Smaller for layers that add to the residual stream, so that its variance does not grow with depth.
                 added = name.endswith(("out.weight", "mlp.2.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if added else 0.02)
             elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""Where a result comes from: the command, the machine and the commit, stored in it and printed under its figure."""
+"""Provenance of results: the command, the machine and the commit, stored with a result and printed under its figure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 
 def stamp() -> dict[str, Any]:
-    """The command of this process, and its origin: the head of a result file."""
+    """The command of this process and its `origin`, which a result file begins with."""
     name = Path(sys.argv[0]).stem
     return {"command": " ".join(["python -m", f"experiments.{name}", *sys.argv[1:]]), **origin()}
 
 
 def origin() -> dict[str, Any]:
-    """The machine, torch version and commit of this process: kept with each run of a file that is made little by little."""
+    """The machine, torch version and commit of this process; stored with each run, as the runs of a file may differ in them."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "machine": f"{_processor()}, {torch.get_num_threads()} threads",
@@ -29,11 +29,11 @@ def origin() -> dict[str, Any]:
 
 
 def caption(result: dict[str, Any], width: int | None = None) -> str:
-    """What stands under a figure: the command of the first run, and every machine, torch version and commit that a run was made with.
+    """The caption of a figure: the command of the result file, and every machine, torch version and commit of its runs.
 
-    Runs that do not say have those of the first. One line, or lines of at most `width` characters.
+    A run that does not name them has those of the file. One line, or lines of at most `width` characters.
     """
-    # Runs of earlier commits name the commit alone.
+    # Runs of earlier commits name only the commit.
     runs = [{**result, **run} for run in result.get("runs", {}).values()] or [result]
     places = dict.fromkeys(f"{run['machine']} · torch {run['torch']}" for run in runs)
     commits = dict.fromkeys(run["commit"] for run in runs)

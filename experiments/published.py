@@ -1,4 +1,4 @@
-"""What Gradient Descent: The Ultimate Optimizer published, to compare with: its model, its code, and the spaces in which it learns."""
+"""The model, the code and the parametrisations published with Gradient Descent: The Ultimate Optimizer, for comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mlp_tanh() -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Square(Domain):
-    """Positive numbers, learned through their square root, as the paper learns RMSProp's alpha; a root may change its sign."""
+    """Positive numbers, learned through their square root, as the paper learns RMSProp's alpha; the root may change sign."""
 
     def value(self, raw: Tensor) -> Tensor:
         return raw * raw
@@ -40,7 +40,7 @@ class Square(Domain):
 
 @dataclass(frozen=True)
 class Tanh(Domain):
-    """(0, 1) through (tanh + 1) / 2, as the paper learns decays: the logit at twice the raw number."""
+    """(0, 1), learned through (tanh(r) + 1) / 2, as the paper learns decays; this is the sigmoid of 2r."""
 
     def value(self, raw: Tensor) -> Tensor:
         return UnitInterval().value(2 * raw)
@@ -68,19 +68,19 @@ DOMAINS: dict[type[Rule], dict[str, Domain]] = {
 
 
 class Authors:
-    """The authors' published code, as something that is stepped after a plain backward.
+    """The authors' published code behind the interface of an optimizer, stepped after a plain backward pass.
 
-    Their example calls backward with create_graph=True; without it not a bit of any weight or hyperparameter changes, as every gradient is
-    detached before it is used.
+    Their example calls backward with create_graph=True. Without it all weights and hyperparameters are the same to the bit, as their code
+    detaches every gradient before it is used.
 
     Args:
-        model: what is trained.
-        rule: SGD, Adam, Adagrad or RMSprop, at level 0.
-        lr: where its alpha starts.
-        learn: ("lr",), or that and the decays, which are beta1 and beta2 or alpha.
+        model: the model to train.
+        rule: the rule of level 0: SGD, Adam, Adagrad or RMSprop.
+        lr: initial alpha of level 0.
+        learn: ("lr",), or that with the decays of the rule: beta1 and beta2, or alpha.
         above: the rule of level 1, or None.
-        step: the alpha of level 1.
-        beta2: of Adam, on both levels.
+        step: alpha of level 1.
+        beta2: beta2 of Adam on both levels.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Authors:
 
     @property
     def param_groups(self) -> list[dict[str, float]]:
-        """lr as it is now."""
+        """The present lr, as in an optimizer of torch."""
         alpha = self.level0.parameters["alpha"].item()
         return [{"lr": alpha * alpha if self.root else alpha}]
 
     def step(self) -> None:
-        """Update every level, and get ready for the next backward."""
+        """Update every level, and prepare the next backward pass."""
         self.wrapper.step()
         self._begin()
 
@@ -110,7 +110,7 @@ class Authors:
 
 
 def _theirs(rule: type[Rule], learn: tuple[str, ...], alpha: float, beta2: float, above: Any) -> Any:
-    """Their optimizer; what it does not learn is a constant there."""
+    """Their optimizer that learns these hyperparameters; the others are constants in it."""
     only = learn == ("lr",)
     make = {SGD: gdtuo.SGD, Adagrad: gdtuo.AdaGrad, RMSprop: gdtuo.RMSPropAlpha if only else gdtuo.RMSProp}
     make |= {Adam: partial(gdtuo.AdamBaydin if only else gdtuo.Adam, beta2=beta2)}

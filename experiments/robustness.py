@@ -1,17 +1,23 @@
-"""What each method reaches from each initial learning rate, from 1e-8 to 1e2, on one workload: what it makes of a bad start.
+"""The metric of each method against the initial learning rate, from 1e-8 to 1e2, on one workload: robustness to a bad start.
 
-    python -m experiments.robustness --workload m3          resumes where it was stopped; --figures only draws
+    python -m experiments.robustness --workload m3          resumes if it was stopped; --figures only draws
 
-Workloads are those of experiments/workloads.py; within a seed every method has the same initial weights and the same batches.
-hyperopt.auto, and the same with Adam's eps, start from eleven decades with three seeds on m3 and r12, from five with two seeds on the
-others. Every other method starts from these five with one seed, and from the best lr of a half-decade grid (three seeds on m3 and r12),
-which is chosen on held-out training data with one seed. m3 also has all towers from all starts, and Adam's other hyperparameters at bad
-starts. --full does everything from everywhere. Muon on the CNN is for a GPU, or for --full. Prodigy and D-Adaptation have no lr: d0,
-their first estimate of the distance, takes its place. Any other tower can be put beside them by its text, with {lr} where the start goes;
-with --validation it is measured on held-out training data alone, as a choice has to be: --validation --method
-"ScheduleFree(Adam)(lr={lr}, eps=1e-4) / Adam".
+The workloads are those of experiments/workloads.py. All methods have the same initial weights and the same batches for a seed. Which
+method is run from which starts ("start": the initial lr), with how many seeds:
 
-Writes robustness_<workload>.json (every run, at once), .md (the table) and .png to experiments/results.
+- hyperopt.auto, and the same tower with Adam's eps: from eleven decades with three seeds on m3 and r12, from five of these decades with
+  two seeds on the other workloads.
+- every other method: from the same five decades with one seed; and, for peers and Adam with a held lr, from the best lr of a half-decade
+  grid (three seeds on m3 and r12, otherwise one). The best lr is chosen on held-out training data with one seed.
+- on m3 moreover all towers from all eleven decades with three seeds, and Adam's other hyperparameters from bad values.
+- --full runs everything from every start. Muon on the CNN is run only on a GPU or with --full.
+
+Prodigy and D-Adaptation have no lr; in its place they start from d0, their initial estimate of the distance to the solution.
+
+Any other tower can be compared: pass its text with {lr} in place of the start. With --validation, runs are measured on held-out training
+data, on which choices should be made: --validation --method "ScheduleFree(Adam)(lr={lr}, eps=1e-4) / Adam".
+
+Writes robustness_<workload>.json (after every run), .md (the table) and .png to experiments/results.
 """
 
 from __future__ import annotations
@@ -45,15 +51,15 @@ Make = Callable[[nn.Module, float], list[Optimizer]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training: a tower's text, or a function of the model and the lr that makes optimizers of torch."""
+    """A way of training: the text of a tower, or a function that builds optimizers from the model and the lr."""
 
     make: str | Make
-    grid: float | None = None  # the middle of the half-decade grid in which the best lr is looked for
+    grid: float | None = None  # middle of the half-decade grid that is searched for the best lr; None: not searched
     cosine: bool = False  # lr falls to 0 over the run
 
 
 def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices between layers, which Muon is for, and the other parameters: embeddings, head, vectors, convolutions."""
+    """The hidden matrices, for which Muon is meant, and the other parameters: embeddings, head, vectors, convolutions."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = [p for p in model.parameters() if p.dim() == 2][-1]
     inside = [p for p in model.parameters() if p.dim() == 2 and p is not head and id(p) not in embeddings]
@@ -62,7 +68,7 @@ def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def muon(model: nn.Module, lr: float) -> list[Optimizer]:
-    """Muon, scaled so that one lr suits it and the Adam beside it."""
+    """Muon for the hidden matrices and Adam for the rest, with updates of the same scale, so that they can share one lr."""
     inside, others = hidden(model)
     return [
         torch.optim.Muon(inside, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
@@ -70,9 +76,9 @@ def muon(model: nn.Module, lr: float) -> list[Optimizer]:
     ]
 
 
-# The paper learns alpha itself and the betas, one step back, with a step size that its authors tuned for the MLP.
+# The paper learns lr as the number itself, and the betas, at horizon 1, with a step size that its authors tuned for the MLP.
 PAPER = "Adam(lr={lr}, learn=(lr, beta1, beta2), horizon=1, trust=None, domains={lr: Real}) / SGD(lr=1e-5, trust=None)"
-RECOMMENDED, SMALL_EPS = "hyperopt.auto", "ScheduleFree(Adam) / Adam"  # the same but for its eps, Adam's 1e-8
+RECOMMENDED, SMALL_EPS = "hyperopt.auto", "ScheduleFree(Adam) / Adam"  # the latter is hyperopt.auto with Adam's eps of 1e-8
 TOWERS = {
     "Adam": Method("Adam(lr={lr})", grid=3e-3),
     "Adam / SGD, the paper's settings": Method(PAPER),
@@ -96,11 +102,11 @@ METHODS = TOWERS | PEERS
 STARTS = [10.0**k for k in range(-8, 3)]
 FEW = [1e-8, 1e-5, 1e-3, 1e-1, 1e2]
 GRID = [float(f"{digit}e{k}") for k in range(-8, 3) for digit in (1, 3)][:-1]
-# Elements of a matrix that Muon is too slow for on a CPU: orthogonalising the CNN's, 1024×3136, takes 76 billion operations in bfloat16 in
-# every step, and a CPU without arithmetic of that type does one or two of them in a nanosecond.
+# Number of elements above which a matrix is too large for Muon on a CPU. Orthogonalising that of the CNN, 1024×3136, takes 76 billion
+# operations in bfloat16 in every step, and a CPU without bfloat16 arithmetic does one or two of them per nanosecond.
 HEAVY = 2**20
-LARGE = ("m3", "r12")  # with more starts and seeds
-# Adam's other hyperparameters at values that nobody would choose, with lr at torch's default.
+LARGE = ("m3", "r12")  # workloads with more starts and seeds
+# Bad values of Adam's other hyperparameters; lr has torch's default.
 BAD = {"beta1": (0.1, 0.99, 0.999), "beta2": (0.5, 0.9, 0.99999), "eps": (1e-4, 1e-2, 1.0)}
 BAD_TOWERS = {
     "Adam": "Adam(lr=0.001, {name}={value})",
@@ -112,7 +118,7 @@ BAD_TOWERS = {
 
 
 class Run(NamedTuple):
-    """One training: a method by its name, or a tower by its text."""
+    """One run of a method, given by its name, or of a tower, given by its text."""
 
     method: str
     start: float
@@ -121,17 +127,17 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in the result file."""
+        """Its key in the result file."""
         return f"{self.method} | {self.start:g} | {self.seed}" + (" | validation" if self.validation else "")
 
 
 def started_at(text: str, lr: float) -> str:
-    """A tower's text with its start; other braces are the tower's own."""
+    """The text of a tower with the start in place of {lr}; other braces belong to the tower."""
     return text.replace("{lr}", repr(lr), 1)
 
 
 def stepped(method: Method, lr: float, steps: int, model: nn.Module) -> list[Any]:
-    """The optimizers of a method and their schedulers."""
+    """The optimizers of a method and their schedulers, as a `make` of `training.train`."""
     if isinstance(method.make, str):
         return [Hyper.parse(started_at(method.make, lr)).bind(model.parameters())]
     optimizers = method.make(model, lr)
@@ -139,7 +145,7 @@ def stepped(method: Method, lr: float, steps: int, model: nn.Module) -> list[Any
 
 
 def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
-    """The metric at the end (None: not finite), the last training loss, the seconds and the lr that was learned."""
+    """One run: final metric (None if not finite), last training loss, steps, seconds, device and, for a tower, the final lr."""
     method = METHODS.get(run.method) or Method(run.method)
     make = partial(stepped, method, run.start, workload.steps)
     found = training.train(workload, make, run.seed, validation=run.validation, device=device)
@@ -149,18 +155,18 @@ def train(run: Run, workload: Workload, device: str = "cpu") -> dict[str, Any]:
 
 
 def methods(workload: Workload, device: str | None = None) -> dict[str, Method]:
-    """Those that make sense on this workload, and where a device is named those that it is not too slow for."""
+    """The methods that apply to this workload and, if a device is given, that are not too slow on it."""
     left_out = set()
     matrices = hidden(workload.model(0))[0]
     if workload.name != "m3":
-        left_out.add("Adam / SGD")  # shown once, for what it cannot do
+        left_out.add("Adam / SGD")  # one workload is enough to show its limits
     if not hasattr(torch.optim, "Muon") or not matrices or (device == "cpu" and max(p.numel() for p in matrices) > HEAVY):
         left_out.add("Muon, cosine")
     return {name: method for name, method in METHODS.items() if name not in left_out}
 
 
 def named(names: Iterable[str]) -> dict[str, Method]:
-    """Those of the names that are a tower's text, with {lr} where the start goes."""
+    """The methods among these names that are the text of a tower, with {lr} in place of the start."""
     return {name: Method(name) for name in names if "{lr}" in name}
 
 
@@ -174,9 +180,9 @@ def extent(name: str, workload: Workload, full: bool) -> tuple[list[float], int]
 
 
 def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple[list[float], float | None]:
-    """The cells of the half-decade grid that have to be run, and the best of them once it is known.
+    """The part of the half-decade grid that has to be run, and its best lr, or None as long as runs are missing.
 
-    Two on either side of the middle, and more as long as the best one lies on the border.
+    It has two values on either side of the middle, and is extended as long as the best value lies on its border.
     """
     middle = GRID.index(method.grid) if method.grid else 0
     low, high = (0, len(GRID) - 1) if full else (middle - 2, middle + 2)
@@ -198,7 +204,7 @@ def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple
 def plan(
     workload: Workload, runs: dict[str, Any], full: bool, only: Iterable[str] = (), validation: bool = False, device: str = "cpu"
 ) -> list[Run]:
-    """The runs that can be done now; those at the best cells follow when the grid is done."""
+    """The runs that can be done now; those at the best lr of a grid follow once the grid is done."""
     planned: list[Run] = []
     for name, method in (methods(workload, None if full else device) | named(only)).items():
         if only and name not in only:
@@ -216,12 +222,12 @@ def plan(
 
 
 def best_seeds(workload: Workload, full: bool) -> int:
-    """The number of seeds at the best cell of a grid."""
+    """The number of seeds at the best lr of a grid."""
     return 3 if full or workload.name in LARGE else 1
 
 
 def bad_towers() -> Iterator[str]:
-    """The towers of the small table."""
+    """The towers with a bad value of another hyperparameter, which are in the second table of m3."""
     for name, values in BAD.items():
         for value in values:
             for text in BAD_TOWERS.values():
@@ -229,7 +235,7 @@ def bad_towers() -> Iterator[str]:
 
 
 class Score(NamedTuple):
-    """The mean, best and worst seed of a cell; infinite where a run diverged."""
+    """Mean, best and worst metric over the seeds of a cell; infinite if a run diverged."""
 
     mean: float
     low: float
@@ -237,21 +243,21 @@ class Score(NamedTuple):
 
 
 def score(runs: dict[str, Any], name: str, start: float, seeds: int, validation: bool) -> Score | None:
-    """A cell's score over its finished seeds, None before the first."""
+    """The score of a cell over its finished seeds; None if there are none."""
     found = [runs[key] for seed in range(seeds) if (key := Run(name, start, seed, validation).key) in runs]
     values = [math.inf if run["metric"] is None else run["metric"] for run in found]
     return Score(statistics.mean(values), min(values), max(values)) if values else None
 
 
 class Line(NamedTuple):
-    """What is known of a method: its score at each of its starts, and its best cell."""
+    """The results of a method: its score at each start, and the best lr of its grid with the score there."""
 
     scores: dict[float, Score]
     best: tuple[float, Score] | None
 
 
 def summary(result: dict[str, Any], workload: Workload) -> dict[str, Line]:
-    """A line for each method of which there is a run."""
+    """The results of each method that has been run."""
     runs, full, validation = result["runs"], result["full"], result["validation"]
     lines = {}
     for name, method in (methods(workload) | named(key.split(" | ")[0] for key in runs)).items():
@@ -295,9 +301,9 @@ def table(result: dict[str, Any], workload: Workload) -> str:
 
 
 def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
-    """Towers on the left, peers beside hyperopt.auto on the right: the mean of the seeds, a band from best to worst."""
+    """Draw towers on the left, peers and hyperopt.auto on the right: the mean over seeds with a band from best to worst."""
     lines = summary(result, workload)
-    top = 1.15 * workload.guess  # what is worse, or diverged, is drawn there
+    top = 1.15 * workload.guess  # worse results and diverged runs are drawn at this height
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, names in (left, [*TOWERS, *(name for name in lines if name not in METHODS)]), (right, {RECOMMENDED: None, **PEERS}):
@@ -312,7 +318,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
         axes.axhline(workload.guess, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
         if any(name in lines for name in names):
-            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # inside it would hide lines
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # inside the axes it would cover lines
     left.set(title="towers", ylabel=f"{'validation' if result['validation'] else 'test'} {workload.metric}")
     right.set(title="peers; star: the best lr of a grid")
     left.set_ylim(top=top * 1.03)
@@ -322,7 +328,7 @@ def draw(result: dict[str, Any], workload: Workload, path: Path) -> None:
 
 
 def draw_line(axes: Axes, name: str, line: Line, top: float, color: str, width: float) -> None:
-    """One method."""
+    """Draw the results of one method."""
     starts, scores = list(line.scores), list(line.scores.values())
     axes.plot(starts, [min(s.mean, top) for s in scores], marker="o", markersize=4, color=color, linewidth=width, label=name)
     axes.fill_between(starts, [min(s.low, top) for s in scores], [min(s.high, top) for s in scores], alpha=0.2, color=color)
@@ -331,7 +337,7 @@ def draw_line(axes: Axes, name: str, line: Line, top: float, color: str, width: 
 
 
 def check(name: str) -> None:
-    """Raise unless it names a method, a row of the small table or a tower."""
+    """Raise typer.BadParameter unless this is a method, a tower of `bad_towers` or the text of a tower with {lr}."""
     if name in METHODS or name in bad_towers():
         return
     if "{lr}" not in name:
@@ -348,20 +354,18 @@ def check(name: str) -> None:
 def main(
     workload: Annotated[str, typer.Option(help=f"one of {', '.join(WORKLOADS)}")] = "m3",
     method: Annotated[
-        list[str] | None, typer.Option(help="only this one, of the table or a tower's text with {lr}; may be repeated")
+        list[str] | None, typer.Option(help="only this method, or this tower with {lr} in place of the start; may be repeated")
     ] = None,
-    again: Annotated[
-        list[str] | None, typer.Option(help="forget the results of this method, or tower of the small table; may be repeated")
-    ] = None,
-    full: Annotated[bool, typer.Option(help="every method from all eleven starts, 3 seeds, and the whole half-decade grid")] = False,
-    validation: Annotated[bool, typer.Option(help="measure on held-out training data and leave the test data alone")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="fewer steps than the protocol has, to try the script")] = None,
+    again: Annotated[list[str] | None, typer.Option(help="forget the results of this method or tower; may be repeated")] = None,
+    full: Annotated[bool, typer.Option(help="every method from all eleven starts with 3 seeds, and the whole half-decade grid")] = False,
+    validation: Annotated[bool, typer.Option(help="measure on held-out training data instead of the test data")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="number of steps of a run, to try the script")] = None,
     jobs: cli.Jobs = 1,
     device: cli.Device = "cpu",
     out: cli.Out = cli.RESULTS,
     figures: cli.Figures = False,
 ) -> None:
-    """Run what is missing, and draw the figure."""
+    """Run what is missing, print the table and draw the figure."""
     if workload not in WORKLOADS:
         raise typer.BadParameter(f"{workload!r} is none of {', '.join(WORKLOADS)}", param_hint="--workload")
     for name in (*(method or ()), *(again or ())):

@@ -55,11 +55,11 @@ class Store:
             del self.runs[key]
 
     def metrics(self, keys: Iterable[str], *path: str) -> list[float]:
-        """`metrics` of those of the keys for which there is a run."""
+        """`metrics` of the runs with these keys; keys without a run are left out."""
         return metrics((self.runs[key] for key in keys if key in self.runs), *path)
 
     def seeds(self, name: str) -> list[dict[str, Any]]:
-        """Those of the runs `name | 0`, `name | 1`, … that are there; the protocol says how many `seeds` there may be."""
+        """The existing runs among `name | 0`, `name | 1`, …, for the number of `seeds` in the protocol."""
         keys = [f"{name} | {seed}" for seed in range(self.result["protocol"]["seeds"])]
         return [self.runs[key] for key in keys if key in self.runs]
 

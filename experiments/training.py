@@ -34,7 +34,7 @@ from hyperopt import Hyper, HyperOptimizer, Recorder, Replay, batch_statistics
 
 # Builds everything that is stepped after a backward pass, in this order: optimizers, then their schedulers.
 Make = Callable[[nn.Module], list[Any]]
-POINTS = 200  # of each learned schedule and of the training loss in TensorBoard
+POINTS = 200  # points of each learned schedule and of the training loss in TensorBoard
 # What may follow a run, as keys of its result.
 HELD, REPLAYED = "held", "replayed"
 
@@ -101,10 +101,10 @@ def train(
         recorder = stack.enter_context(Recorder(towers[0], every)) if towers else None
         # purge_step: a second run into the same folder replaces the curves of the first.
         writer = stack.enter_context(SummaryWriter(str(log), purge_step=0)) if log else None
-        hidden = True if multiprocessing.parent_process() else None  # None: shown only on a terminal
+        no_bar = True if multiprocessing.parent_process() else None  # None: shown only on a terminal
         batches = workload.batches(seed, device, validation=validation)
         begin = time.perf_counter()
-        for x, y in tqdm(batches, total=workload.steps, unit="step", leave=False, disable=hidden):
+        for x, y in tqdm(batches, total=workload.steps, unit="step", leave=False, disable=no_bar):
             model.zero_grad()
             loss = workload.loss(model, x, y)
             loss.backward()
@@ -192,7 +192,7 @@ def auto(model: nn.Module, lr: float | None = None) -> list[Optimizer]:
 
 
 def plain(tower: Hyper, params: Any) -> Optimizer:
-    """The torch.optim optimizer of the tower's level 0 with the same values, or the level itself with nothing learned if torch has none."""
+    """The optimizer of torch.optim with the values of the tower's level 0; if torch has none, level 0 itself with nothing learned."""
     rule = tower.rule
     make = getattr(torch.optim, type(rule).__name__, None)
     values = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}

@@ -1,13 +1,13 @@
-"""One hyperparameter started from a bad value: how much of the error that it costs is won back by learning it.
+"""One hyperparameter started from a bad value: how much of the error that this costs is recovered by learning it.
 
-    python -m experiments.useful                20 minutes on one core, resumes where it was stopped
-    python -m experiments.useful --again TOWER  forgets the runs of this tower first, "Adam(eps=1) / Adam" for example
-    python -m experiments.useful --figures      the table and the figure from the results that are there
+    python -m experiments.useful                20 minutes on one core; resumes if it was stopped
+    python -m experiments.useful --again TOWER  repeat the runs of this tower, "Adam(eps=1) / Adam" for example
+    python -m experiments.useful --figures      the table and the figure from existing results
 
-Protocol: MNIST and Fashion-MNIST, MLP 784-128-10, tanh, batch 256, 3 epochs, cross entropy; within a seed every run has the same initial
+Protocol: MNIST and Fashion-MNIST, MLP 784-128-10, tanh, batch 256, 3 epochs, cross entropy. All runs of a seed have the same initial
 weights and the same batches. Three runs are compared: the hyperparameter held at its good value (the rule's default), held at the bad
-value, and learned from the bad value. Twice: with lr held at the rule's default in all three, and with lr learned in all three. Nothing
-but the defaults of the tower. Of the error lost, bad − good, (bad − learned) / (bad − good) is recovered.
+value, and learned from the bad value; once with lr held at the rule's default in all three, and once with lr learned in all three. All
+other settings are defaults. Of the error that the bad value costs, bad − good, the share (bad − learned) / (bad − good) is recovered.
 
 Writes useful.json (every run and the table) and useful.png to experiments/results.
 """
@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from experiments import cli, data, models, provenance, store, tables
 from hyperopt import Hyper, Recorder
 
-EVERY = 5  # steps between two points of a learned curve
+EVERY = 5  # steps between two points of a recorded schedule
 
 
 class Case(NamedTuple):
@@ -49,7 +49,7 @@ CASES = [Case("Adam", "eps", 1.0), Case("Adam", "beta2", 0.1), Case("Exponent", 
 DATASETS = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
 VARIANTS = ("lr held", "lr learned")
 FAILURES = ("less than half", "nothing lost, learning harms")
-# Why less than half is recovered, or harm done, where it is.
+# Explanations of the rows in which less than half is recovered, or learning does harm.
 BOUND = (
     "trust holds lr down: at beta2 = 0.1 weights with rare gradients take steps m/√v so large that lr is projected to 1e-5 for all. The "
     "hypergradient of beta2 takes that lr as given: it does not see that a larger beta2 would set lr free, and lowers beta2"
@@ -83,12 +83,12 @@ def towers(case: Case, variant: str) -> dict[str, str]:
 
 
 def key(dataset: str, tower: str, seed: int) -> str:
-    """The name of a run in the result file."""
+    """The key of a run in the result file."""
     return f"{dataset} | {tower} | {seed}"
 
 
 def train(tower: str, images: data.Data, seed: int, epochs: int) -> dict[str, Any]:
-    """One run: its error in percent, the training loss over its last 100 steps, and the course of what it learned."""
+    """One run: final error in percent, mean training loss of the last 100 steps, and the values of what it learned every five steps."""
     torch.manual_seed(seed)
     model = models.mlp(images.train_x.shape[1])
     optimizer = Hyper.parse(tower).bind(model.parameters())
@@ -118,8 +118,9 @@ def train(tower: str, images: data.Data, seed: int, epochs: int) -> dict[str, An
 def judge(good: list[float], bad: list[float], learned: list[float]) -> dict[str, Any]:
     """A row of the table from the errors of the seeds.
 
-    Nothing is lost where the mean of the bad value is not worse than that of the good one by more than their standard deviations
-    together. There is nothing to recover then, but learning can do harm: its worst seed is worse than the worst held one by more than that.
+    "Nothing lost" means that the mean error of the bad value exceeds that of the good value by no more than the sum of their standard
+    deviations. Then there is nothing to recover, but learning may do harm: the error of its worst seed exceeds that of the worst seed
+    with a held value by more than this sum.
     """
     row: dict[str, Any] = {}
     for name, errors in zip(HELD, (good, bad, learned), strict=True):
@@ -134,7 +135,7 @@ def judge(good: list[float], bad: list[float], learned: list[float]) -> dict[str
 
 
 def table(runs: dict[str, dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
-    """Every row: a data set, a hyperparameter, lr held or learned."""
+    """A row for each data set, each hyperparameter, and lr held or learned."""
     rows = []
     for variant in VARIANTS:
         for case in CASES:
@@ -153,7 +154,7 @@ def table(runs: dict[str, dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], measured: str) -> list[str]:
-    """The table as markdown."""
+    """The table as lines of Markdown."""
     head = ["lr", "learned, from (good value)", "data", f"good held, {measured} error %"]
     head += ["bad held", "learned", "recovered", "value at the end"]
     lines = []
@@ -167,7 +168,7 @@ def show(rows: list[dict[str, Any]], measured: str) -> list[str]:
 
 
 def reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Why rows failed, each reason once, as a markdown list."""
+    """The explanations of the rows that failed, each once, as a list in Markdown."""
     of: dict[str, list[str]] = {}
     for row in rows:
         if row["why"]:
@@ -176,7 +177,7 @@ def reasons(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(result: dict[str, Any], rows: list[dict[str, Any]], seeds: int, path: Path) -> None:
-    """For each row the learned value against the step, a line a seed, and under it the errors."""
+    """Draw for each row the learned value against the step, with a line for each seed, and below it the errors."""
     figure = Figure(figsize=(15, 13), layout="constrained")
     panels = figure.subplots(4, len(CASES), height_ratios=[3, 2, 3, 2])
     for i, dataset in enumerate(DATASETS):
@@ -228,7 +229,9 @@ def _errors(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
 def main(
     seeds: cli.Seeds = 3,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
-    validation: Annotated[bool, typer.Option(help="measure on held-out training images, into useful_validation.json")] = False,
+    validation: Annotated[
+        bool, typer.Option(help="measure on held-out training images; the results are in useful_validation.json")
+    ] = False,
     again: Annotated[list[str] | None, typer.Option(help="forget the results of this tower; may be repeated")] = None,
     out: cli.Out = cli.RESULTS,
     figures: cli.Figures = False,

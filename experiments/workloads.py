@@ -1,9 +1,9 @@
-"""The training problems of the experiments: a model, its data, how many steps, and what is measured at the end.
+"""The training problems of the experiments: model, data, number of steps, and metric.
 
     for x, y in workload.batches(seed):
         loss = workload.loss(model, x, y)
 
-Within a seed, every method gets the same initial weights and the same batches, on every device.
+A seed determines the initial weights and the batches, for every method and on every device.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from experiments import data, models
 
 @dataclass(frozen=True)
 class Workload:
-    """One training problem; `WORKLOADS` has them all."""
+    """A training problem; those of the experiments are in `WORKLOADS`."""
 
     name: str
     title: str  # the protocol in one line
     metric: str  # what `evaluate` returns: error %, perplexity, or loss (nats per character)
-    guess: float  # what blind guessing scores there
+    guess: float  # the metric of blind guessing
     steps: int
     batch: int
     make: Callable[[], nn.Module]
     read: Callable[..., data.Data | data.Text]
-    length: int = 0  # characters of a training sequence
-    blocks: tuple[int | None, int] = (None, 0)  # of the text that is evaluated: how many (None: all), of how many characters
-    flip: bool = False  # mirror half of the training images
-    shift: int = 0  # pixels by which training images are moved at random, at most; what comes in is zero
+    length: int = 0  # characters of a training sequence; 0 for images
+    blocks: tuple[int | None, int] = (None, 0)  # of the evaluated text: their number (None: all) and their length in characters
+    flip: bool = False  # mirror each training image with probability 1/2
+    shift: int = 0  # maximal random shift of training images in pixels, padded with zeros
 
     def model(self, seed: int, device: str = "cpu") -> nn.Module:
         """The model with the initial weights of this seed."""
@@ -45,7 +45,7 @@ class Workload:
             return self.make().to(device)
 
     def batches(self, seed: int, device: str = "cpu", *, validation: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """The `steps` training batches of this seed; for validation as many, none with what is held out."""
+        """The `steps` training batches of this seed; with `validation`, as many batches without the held-out training data."""
         source = _read(self.read, device, validation)
         generator = torch.Generator().manual_seed(seed)
         endless = self._characters(source, generator) if isinstance(source, data.Text) else self._images(source, generator)
@@ -70,7 +70,7 @@ class Workload:
             result = mean.exp() if self.metric == "perplexity" else mean
         else:
             outputs = torch.cat([model(x) for x in source.test_x.split(250)])
-            # Outputs that are not numbers are no answer, not the first class.
+            # Without the second term, argmax would count outputs of NaN as the first class.
             wrong = (outputs.argmax(1) != source.test_y) | ~outputs.isfinite().all(1)
             result = 100 * wrong.float().mean()
         model.train(training)
@@ -78,11 +78,11 @@ class Workload:
 
     @torch.no_grad()
     def sample(self, model: nn.Module, count: int, seed: int = 0) -> str:
-        """A text that the model writes: each character is drawn after the `length` before it, until the model is not finite any more."""
+        """Sample a text from the model, each character given the `length` before it; it ends early if the logits are not finite."""
         device = next(model.parameters()).device
         alphabet = cast(data.Text, _read(self.read, str(device), False)).alphabet
         generator = torch.Generator().manual_seed(seed)
-        written = torch.zeros(1, dtype=torch.long)  # the first character of both alphabets is the end of a line
+        written = torch.zeros(1, dtype=torch.long)  # the first character of both alphabets is a newline
         for _ in range(count):
             logits = model(written[None, -self.length :].to(device))[0, -1].cpu()
             if not logits.isfinite().all():
@@ -91,7 +91,7 @@ class Workload:
         return "".join(alphabet[i] for i in written[1:].tolist())
 
     def _images(self, source: data.Data, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Epoch after epoch, each in an order of its own."""
+        """Batches of images without end, shuffled in every epoch."""
         device = source.train_x.device
         while True:
             for index in torch.randperm(len(source.train_x), generator=generator).to(device).split(self.batch):
@@ -104,7 +104,7 @@ class Workload:
                 yield x, y
 
     def _characters(self, source: data.Text, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sequences from random positions, and the characters that follow."""
+        """Batches of sequences from random positions without end; the targets are the next characters."""
         offsets = torch.arange(self.length)
         while True:
             starts = torch.randint(len(source.train) - self.length, (self.batch, 1), generator=generator)
@@ -113,7 +113,7 @@ class Workload:
 
 
 def _shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to `most` pixels in both directions."""
+    """Shift each image by up to `most` pixels in both directions, and pad it with zeros."""
     n, _, height, width = x.shape
     down, right = torch.randint(2 * most + 1, (2, n, 1), generator=generator).to(x.device)
     rows, columns = down + torch.arange(height, device=x.device), right + torch.arange(width, device=x.device)
@@ -122,7 +122,7 @@ def _shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def _read(read: Callable[..., data.Data | data.Text], device: str, validation: bool) -> data.Data | data.Text:
-    # A partial that was sent to a process is another object every time, and would be read anew for every run.
+    # Partials compare by identity: one that was unpickled in another process would miss the cache in every run.
     function, arguments = (read.func, read.args) if isinstance(read, partial) else (read, ())
     return _read_once(function, arguments, device, validation)
 
@@ -135,24 +135,24 @@ def _read_once(
 
 
 def _cifar10(images: int, device: str, *, validation: bool) -> data.Data:
-    """The first training images, and a fifth as many test images."""
+    """The first `images` training images, and a fifth as many test images."""
     train_x, train_y, test_x, test_y = data.cifar10(device, images=images, validation=validation)
     return data.Data(train_x, train_y, test_x[: images // 5], test_y[: images // 5])
 
 
 def _channels_last(network: str) -> nn.Module:
-    """One of `models.CIFAR`, a fifth faster on a CPU, and laid out for tensor cores."""
+    """One of `models.CIFAR` in channels-last layout, which is a fifth faster on a CPU and suits tensor cores."""
     return models.CIFAR[network]().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def cifar10(network: str, images: int, epochs: int, steps: int | None = None) -> Workload:
-    """CIFAR-10 as He et al. (2016) train on it: batches of 128, images mirrored and moved by up to 4 pixels.
+    """CIFAR-10 with the augmentation of He et al. (2016): batches of 128, images mirrored and shifted by up to 4 pixels.
 
     Args:
         network: one of `models.CIFAR`.
-        images: to train on, the first of them; a fifth as many are tested on.
-        epochs: how often all of them are seen.
-        steps: at most so many steps.
+        images: number of training images, the first ones; a fifth as many test images are used.
+        epochs: number of epochs.
+        steps: upper limit of the number of steps.
     """
     each = -(-images // 128)
     return Workload(
@@ -230,7 +230,7 @@ WORKLOADS = {
     )
 }
 
-# What a GPU has time for.
+# Longer versions for a GPU.
 LONG = (
     replace(WORKLOADS["r12"], name="r12_10000", title="War and Peace, char-RNN 2×128, batch 32×64, 10,000 steps", steps=10_000),
     replace(WORKLOADS["gpt"], name="gpt_1500", title="tinyshakespeare, GPT 4×128, batch 32×128, 1,500 steps", steps=1500),
