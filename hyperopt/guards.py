@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .domains import Domain
 from .hyperparameter import Hyperparameter
 
 Raw = dict[str, Tensor]
@@ -125,8 +124,7 @@ class Trust(Guard):
         scale = (allowed / size.move.clamp_min(tiny)).nan_to_num(1.0).clamp(tiny, 1.0)
         if self.lr.assignment is not None:
             scale = torch.where(self.lr.assignment.changed, torch.ones_like(scale), scale)
-        domain = self.lr.domain
-        return {**r, "lr": domain.scaled(r["lr"], scale).clamp(*domain.raw_limits(r["lr"].dtype))}, keep
+        return {**r, "lr": self.lr.scaled(r["lr"], scale)}, keep
 
 
 class Forget(Guard):
@@ -137,7 +135,7 @@ class Forget(Guard):
     before it follows.
 
     Args:
-        domain: of lr.
+        lr: the hyperparameter.
         mark: the high-water mark, log |lr| at first; changed in place.
     """
 
@@ -145,12 +143,12 @@ class Forget(Guard):
     # SGD(momentum=0.9) / Adam ends at 2.95 % on MNIST validation data, with these values at 2.89, without forgetting at 2.96 %.
     BAND, POWER = 1.0, 4.0
 
-    def __init__(self, domain: Domain, mark: Tensor) -> None:
-        self.domain, self.mark = domain, mark
+    def __init__(self, lr: Hyperparameter, mark: Tensor) -> None:
+        self.lr, self.mark = lr, mark
 
     def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
         """Forgets."""
-        log_lr = self.domain.log_size(r["lr"])
+        log_lr = self.lr.log_size(r["lr"])
         top = log_lr + self.BAND
         factor = (self.POWER * (top - self.mark)).clamp_max(0).exp()
         self.mark.lerp_(self.mark.clamp(log_lr, top), ok.to(self.mark))

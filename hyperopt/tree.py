@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .body import choose
 from .body.buffers import Buffer
+from .body.eager import Part
 from .domains import Interval, Positive
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
 from .hyperparameter import Hyperparameter, Hyperparameters
@@ -62,10 +63,9 @@ class Tree:
         domains = {name: own[name].domain for names, _ in above for name in names}
         tangents = Tangents(rule, domains, gamma(spec.horizon), coupled=spec.project is not None)
         trust = spec.trust_at(level)
-        chosen = choose.body(
-            level, rule, hypers, tangents, trust=trust, feasible=spec.project, graph=spec.strategy == "graph", params=self.params,
-            compile=self.compile and spec.strategy != "graph",
-        )  # fmt: skip
+        graph = spec.strategy == "graph"
+        part = Part(level, rule, hypers, tangents, trust, spec.project, compiled=self.compile and not graph)
+        chosen = choose.body(part, self.params, graph=graph)
         chosen.buffers = buffers
         guards = self._guards(level, rule, own, domains, trust, above, self.records.setdefault(label, {}))
         node = self.nodes[label] = Optimizable(level, chosen, hypers, Guards(guards), above, self.skipped)
@@ -100,7 +100,7 @@ class Tree:
             limits = [node.body.trust for names, node in above if "lr" in names and node.body.trust is not None]
             guards.append(Climb(record["climbing"], trust, min(limits, default=math.inf)))
         guards.append(Trust(own["lr"], trust, Trust.WARMUP if level == 0 and rule.moved != "x" else 1))
-        return [*guards, Forget(own["lr"].domain, record["anchor"])]
+        return [*guards, Forget(own["lr"], record["anchor"])]
 
     def _upper(self, spec: Level, level: int, branch: str, below: Mapping[str, Hyperparameter]) -> Optimizable:
         """The node whose x are the raw values of the hyperparameters `below`, side by side in one vector."""

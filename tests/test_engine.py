@@ -196,7 +196,7 @@ def test_torchs_kernel_is_the_rules_update(text, blocks, monkeypatch):
         monkeypatch.setattr("hyperopt.body.buffers.BLOCK", 8)
     kernel, rule = (bound(text, compile=False) for _ in range(2))
     nodes = rule[1]._groups()[0].nodes.values()
-    assert all(node.body.block.kernel for node in nodes)
+    assert all(node.body.kernel for node in nodes)
     for node in nodes:
         node.body.changed()
     train(STEPS, kernel, rule)

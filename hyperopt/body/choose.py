@@ -6,18 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..feasible import Feasible
-from ..hyperparameter import Hyperparameters
 from ..rule import Rule
-from ..tangents import Raw, Tangents
+from ..tangents import Raw
 from . import functions
 from .buffers import Buffer, Record
 from .compiled import Compiled
-from .eager import Eager, call
+from .eager import EAGER, STAGES, WHOLE, Eager, Part, call
 from .graph import Graph
 from .kernels import kernel
 from .native import Native, serves
-from .step import EAGER, STAGES, WHOLE
 
 # Elements from which on a tensor is stepped in place: gathering then costs more than one more round of kernels. A few fused rounds are
 # cheap, and half of what one core has gathered has to travel to the other.
@@ -27,40 +24,24 @@ CAPACITY = 2**22  # elements gathered into one buffer at most
 PIECES = 3
 
 
-def body(
-    level: int,
-    rule: Rule,
-    hypers: Hyperparameters,
-    tangents: Tangents,
-    *,
-    trust: float | None,
-    feasible: Feasible | None,
-    graph: bool,
-    params: Sequence[Tensor],
-    compile: bool,
-) -> Eager:
+def body(part: Part, params: Sequence[Tensor], *, graph: bool) -> Eager:
     """The body of a node.
 
     Args:
-        level, rule, hypers, tangents, trust, feasible: as for `Eager`.
+        part: what it does.
+        params: the weights that the tower trains.
         graph: keep the autograd graph of the last update, as the paper does.
-        params: the weights that the node moves, at level 0.
-        compile: the tower's steps are compiled.
     """
-    arguments = level, rule, hypers, tangents, trust, feasible
     if graph:
-        return Graph(*arguments)
-    if level == 0 and serves(rule, hypers, tangents, feasible, params):
-        passes = functions.built() if compile else functions.installed()
+        return Graph(part)
+    if part.level == 0 and serves(part, params):
+        passes = functions.built() if part.compiled else functions.installed()
         if passes is not None:
-            return Native(*arguments, passes, compiled=compile)
-    own = hypers.own
-    held = all(name == "lr" or not hyperparameter.learned for name, hyperparameter in own.items())
-    made = None
-    if held and not compile:
-        values, rests = ({n: h.value for n, h in own.items() if n != "lr"}, {n: h.rest for n, h in own.items() if n != "lr"})
-        made = kernel(rule, values, rests)
-    return Eager(*arguments, kernel=made, compiled=compile)
+            return Native(part, passes)
+    held = {name: h for name, h in part.hypers.own.items() if name != "lr"}
+    if part.compiled or any(h.learned for h in held.values()):
+        return Eager(part)
+    return Eager(part, kernel(part.rule, {n: h.value for n, h in held.items()}, {n: h.rest for n, h in held.items()}))
 
 
 def parts(params: Sequence[Tensor], state: Mapping[Tensor, Record], rule: Rule, *, compile: bool) -> Iterator[list[Tensor]]:

@@ -50,7 +50,7 @@ class Compiled:
             # Loops of a thousand elements are not worth waking a second thread for; the numbers of a high tower are one kernel, not a few.
             options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192, "max_fusion_size": 1024}
             fused = torch.compile(_alone(function), fullgraph=True, options=options)
-            # A function called with other shapes than one of the same name before is compiled for these. dynamic=False would warn each time.
+            # A function called with other shapes than before is compiled for these. dynamic=False would warn each time.
             with self.config.patch(automatic_dynamic_shapes=False):
                 found = fused(*args)
             self.fused[key] = fused

@@ -1,6 +1,7 @@
 """The body of a node in operations of torch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,19 +9,35 @@ from torch import Tensor
 
 from ..feasible import Feasible
 from ..guards import FLOOR, Size, is_finite
-from ..hyperparameter import Hyperparameters
-from ..rule import Rule, interpolated
-from ..tangents import Raw, Tangents
-from .blocks import Block, blocks, combined
-from .buffers import Buffer
+from ..hyperparameter import Hyperparameters, Raw
+from ..rule import Rule, State, Values, interpolated, overrides
+from ..tangents import Point, Tangents
+from . import general
+from .arithmetic import Selected, Weighted
+from .blocks import Block, blocks, combined, norm
+from .buffers import Buffer, Tangent
 from .hypergradient import Hypergradient
 from .kernels import Kernel
-from .step import EAGER, BlockStep
+
+EAGER, WHOLE, STAGES = "eager", "whole", "stages"  # not compiled; compiled in one piece; each stage compiled for itself
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a stage of a step as it is."""
     return function(*arguments)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a node does, as its body has to know it: its level, rule and hyperparameters, how Z' is made, the trust and the feasible set."""
+
+    level: int
+    rule: Rule
+    hypers: Hyperparameters
+    tangents: Tangents
+    trust: float | None = None
+    feasible: Feasible | None = None
+    compiled: bool = False
 
 
 class Eager:
@@ -33,36 +50,30 @@ class Eager:
     Large buffers are stepped in blocks, and recompute directions instead of keeping them from `measure` to `take`.
 
     Args:
-        level: of the node.
-        rule: of the node.
-        hypers: of the node.
-        tangents: how Z' is made.
-        trust: of the node; None for no limit.
-        feasible: the set in which x stays, if there is one.
+        part: what the node does.
         kernel: a fused kernel of the rule's direction, if there is one.
-        compiled: its code is compiled.
     """
 
-    def __init__(
-        self,
-        level: int,
-        rule: Rule,
-        hypers: Hyperparameters,
-        tangents: Tangents,
-        trust: float | None = None,
-        feasible: Feasible | None = None,
-        *,
-        kernel: Kernel | None = None,
-        compiled: bool = False,
-    ) -> None:
-        self.level, self.rule, self.hypers, self.tangents, self.trust, self.feasible = level, rule, hypers, tangents, trust, feasible
+    def __init__(self, part: Part, kernel: Kernel | None = None) -> None:
+        self.level, self.rule, self.hypers, self.tangents = part.level, part.rule, part.hypers, part.tangents
+        self.trust, self.feasible, self.arithmetic = part.trust, part.feasible, Selected if part.compiled else Weighted
         self.buffers: Sequence[Buffer] = ()  # those that have a gradient in this step
         self.blocks: list[Block] = []
         self.directions: list[Tensor] | None = None
-        self.projects = trust is not None and "lr" in tangents.names
-        self.block = BlockStep(level, rule, hypers, tangents, trust, feasible, kernel, compiled=compiled)
-        self.hypergradient = Hypergradient(rule, hypers, tangents.names, implied=self.block.implied)
         self.arrange(EAGER)
+        rule, learned = part.rule, self.tangents.names
+        self.projects = part.trust is not None and "lr" in learned
+        self.limit = part.trust if part.level and not self.projects else None  # on each move, where lr is not there to be projected
+        self.updates, self.couples = overrides(rule, "update"), rule._couples()
+        self.decays = rule._decays() and not self.couples
+        plain = not learned and not self.updates and not overrides(rule, "after") and part.feasible is None
+        self.simple = self.tangents.closed or plain  # x and Z move in place
+        self.kernel = kernel if self.simple and not part.compiled else None
+        interpolates = rule.moved != "x" and rule.average is not None
+        self.follows = part.level > 0 and interpolates
+        # At horizon 1 the tangents of the state, which imply those of x, are not kept.
+        self.implied = part.level == 0 and interpolates and self.tangents.gamma > 0
+        self.hypergradient = Hypergradient(rule, part.hypers, learned, implied=self.implied)
 
     # ---- at level 0 a step begins and ends with the tensors of the model
 
@@ -74,10 +85,9 @@ class Eager:
             directions: for each buffer the displacements of its tensors at lr = 1, downwards, that another optimizer has made.
             maximize: ascend.
         """
-        gathered = None
+        self.directions = None
         if directions is not None:
-            gathered = [buffer.side_by_side(each) for buffer, each in zip(self.buffers, directions, strict=True)]
-        self.directions = gathered
+            self.directions = [buffer.side_by_side(each) for buffer, each in zip(self.buffers, directions, strict=True)]
         for buffer in self.buffers:
             buffer.gather()
         return [buffer.gradient(each, maximize) for buffer, each in zip(self.buffers, grads, strict=True)]
@@ -98,12 +108,11 @@ class Eager:
 
     def changed(self) -> None:
         """The value of a held hyperparameter was changed: the kernel was made for the one before."""
-        self.block.kernel = None
+        self.kernel = None
 
     def arrange(self, mode: str, run: Callable[..., Any] = call) -> None:
         """How the next step is run: `mode` is EAGER, WHOLE or STAGES, and `run` calls each stage."""
-        self.mode = self.block.mode = mode
-        self.run = run
+        self.mode, self.run = mode, run
 
     # ---- the three passes
 
@@ -112,11 +121,15 @@ class Eager:
         wanted = wanted and self.ready()
         if self.level:
             (buffer,), (g,) = self.buffers, gs
-            if self.rule.moved != "x" and self.rule.average:  # what x was cut to, or assigned, the states that it is made of follow
-                shift = buffer.tensors[0] - interpolated(self.rule, buffer.state)
-                for name in (self.rule.moved, self.rule.average):
+            x = buffer.tensors[0]
+            if self.follows:  # what x was cut to, or assigned, the states that it is made of follow
+                shift = x - interpolated(self.rule, buffer.state)
+                for name in (self.rule.moved, str(self.rule.average)):
                     buffer.state[name].add_(shift)
-            self.blocks = [Block(buffer, buffer.tensors[0], g, buffer.state, buffer.tangents, buffer.t + 1)]
+            if self.arithmetic is Selected or not self.blocks:
+                self.blocks = [Block(buffer, x, g, buffer.state, buffer.tangents, buffer.t)]
+            block = self.blocks[0]  # above level 0 it is always the same one
+            block.g, block.t, block.made = g, buffer.t + 1, None
             return 1.0, self.hypergradient.combined([self.hypergradient.of(buffer, g)]) if wanted else {}
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
         self.blocks = self._blocks(gs)
@@ -137,42 +150,126 @@ class Eager:
             self.blocks = self._blocks(self.directions)
         if not self.projects:
             return None
-        moves, places = zip(*[self.run(self.block.size, block, r, ok) for block in self.blocks], strict=True)
-        like = self.hypers.like
+        moves, places = zip(*[self.run(self.size, block, r, ok) for block in self.blocks], strict=True)
         if self.level:
-            return Size(combined(moves, torch.maximum, torch.amax).to(like), self.steps())
-        numel = sum(buffer.numel for buffer in self.buffers)
-        place = combined(places, torch.hypot, torch.linalg.vector_norm).clamp_min(FLOOR * max(1, numel) ** 0.5)
-        return Size((combined(moves, torch.hypot, torch.linalg.vector_norm) / place).to(like), self.steps())
+            return Size(combined(moves, torch.maximum, torch.amax).to(self.hypers.like), self.steps())
+        place = combined(places, torch.hypot, torch.linalg.vector_norm).clamp_min(self.floor())
+        return Size((combined(moves, torch.hypot, torch.linalg.vector_norm) / place).to(self.hypers.like), self.steps())
+
+    def size(self, block: Block, r: Raw, ok: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the step takes that which lr moves, and how large that is."""
+        h, place = self.h(block, r), block.state.get(self.rule.moved, block.x)
+        if self.updates:
+            x1, s1 = self.rule.update(block.x, self.gradient(block, ok), block.state, h, block.t)
+            move, lr = s1.get(self.rule.moved, x1) - place, None
+        else:
+            d, own = self.direction(block, h, ok, lasting=True)
+            move, lr = self.rule._step(block.x, d, h, block.t) if self.decays else d, h.lr
+            small = self.mode == WHOLE or (self.mode == EAGER and block.buffer.numel < block.buffer.block)
+            if self.tangents.fixed and (self.kernel or small):
+                block.made = d, own
+        if lr is not None and lr.dim():
+            move, lr = move * lr, None
+        size = move.abs().amax() if self.level else norm(move)
+        return size if lr is None else size * lr, place if self.level else norm(place)
 
     def take(self, r: Raw, sound: dict[str, Tensor], keep: Tensor, ok: Tensor) -> None:
         """Take the step at `r`: `sound` is 0. for tangents that start again, `keep` a factor on those of lr."""
-        if r:
-            kept = {name: sound[name] * self.tangents.gamma if name in sound else torch.full_like(ok, self.tangents.gamma) for name in r}
-            if "lr" in kept:
-                kept["lr"] = kept["lr"] * keep
-        else:
-            kept = r
+        kept: Raw = {}
+        for name in r:
+            kept[name] = sound[name] * self.tangents.gamma if name in sound else torch.full_like(ok, self.tangents.gamma)
+        if "lr" in kept:
+            kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
-        if self.feasible is None:
-            for block in self.blocks:
-                self.run(self.block.write, [block], r, kept, ok)
-        else:
-            self.run(self.block.write, self.blocks, r, kept, ok)
+        for block in self.blocks if self.feasible is None else ():
+            self.run(self.displace if self.simple else self.write, block, r, kept, ok)
+        if self.feasible is not None:
+            self.run(general.write, self, self.blocks, r, kept, ok)
         for buffer in self.buffers:
             buffer.t += ok
-        self.blocks = []
+        self.blocks = self.blocks if self.level else []
+
+    def write(self, block: Block, r: Raw, kept: Raw, ok: Tensor) -> None:
+        """x', s' and Z' of one block."""
+        general.write(self, [block], r, kept, ok)
+
+    def displace(self, block: Block, r: Raw, kept: Raw, ok: Tensor) -> None:
+        """x −= lr·step, in place, and in closed form the tangent of log lr, which moves along.
+
+        The displacement is lr·step and not x' − x: at lr = 1e-8 a float32 weight of 0.1 does not change, and the difference would be 0
+        where the derivative is not.
+        """
+        h, x = self.h(block, r), None
+        d, own = block.made or self.direction(block, h, ok)
+        step = self.rule._step(block.x, d, h, block.t) if self.decays else d
+        if r:
+            z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
+            self.arithmetic.restart(z)
+            if self.decays:
+                keep = keep * (1 - h.lr * self.rule._decay(h, block.t))
+            self.arithmetic.displace(block.x, z, step, h.lr, keep, ok.to(block.t))
+        else:
+            move = step * -h.lr
+            move = move if self.limit is None else move.clamp(-self.limit, self.limit)
+            if self.arithmetic is Weighted:
+                block.x.add_(move * ok.to(block.t))
+            else:
+                x = block.x + move
+        self.commit(block, x, own, {}, ok)
+
+    def direction(self, block: Block, h: Values, ok: Tensor, *, lasting: bool = False) -> Point:
+        """The direction, finite where the step does not count, and the new state, if that is not written yet."""
+        # A kernel goes through memory as it lies.
+        if self.kernel and all(a.is_contiguous() for a in (block.x, block.g, *block.state.values())):
+            move = self.kernel.scratch(block.x, block.buffer, block.cut, lasting=lasting)
+            self.kernel(move, block.g, block.state, block.t, 1 - ok)
+            return move, {}
+        g = self.gradient(block, ok)
+        if self.couples:
+            g = g + self.rule._decay(h, block.t) * block.x
+        return self.rule.direction(g, block.state, h, block.t)
+
+    def gradient(self, block: Block, ok: Tensor) -> Tensor:
+        """The gradient to compute with; above level 0 it is finite."""
+        return block.g if self.level else self.arithmetic.gradient(block.g, ok)
+
+    def commit(self, block: Block, x: Tensor | None, state: State, tangents: Tangent, ok: Tensor) -> None:
+        """Write what a step made; x is None if it is written already."""
+        write, ok = self.arithmetic.write, ok.to(block.t)
+        if x is not None:
+            write(block.x, x, ok)
+        if block.buffer.limits is not None:
+            block.x.clamp_(*block.buffer.limits)
+        for key, new in state.items():
+            if key in block.state:
+                # Numbers are written to the buffer itself, by every block the same.
+                write(block.state[key] if new.dim() else block.buffer.state[key], new, ok)
+        for name, tangent in tangents.items():
+            for of, new in tangent.items():
+                if of != "x" or not self.implied:
+                    write(block.tangent(name, of, new), new, ok)
+
+    # ---- small things
+
+    def h(self, block: Block, r: Raw) -> Values:
+        """The hyperparameters at `r`, spread over the coordinates of a block where they differ there."""
+        t, known = block.t, self.hypers.like
+        plain = not block.buffer.positions and t.dtype == known.dtype and t.device == known.device
+        return self.hypers.values(r, None if plain else block.spread)
 
     def ready(self) -> bool:
         """Whether there are tangents."""
-        for buffer in self.buffers:
-            if buffer.tangents:
-                return True
-        return False
+        return bool(self.tangents.names) and any(buffer.tangents for buffer in self.buffers)
 
     def steps(self) -> Tensor:
         """The largest number of steps that a buffer with a gradient has taken."""
+        if len(self.buffers) == 1:
+            return self.buffers[0].t.to(self.hypers.like)
         return combined([buffer.t for buffer in self.buffers], torch.maximum, torch.amax).to(self.hypers.like)
+
+    def floor(self) -> float:
+        """The least norm that the weights count as."""
+        return FLOOR * max(1, sum(buffer.numel for buffer in self.buffers)) ** 0.5
 
     def _blocks(self, gs: Sequence[Tensor]) -> list[Block]:
         split = self.mode == EAGER and self.rule.elementwise and self.feasible is None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tangents import Raw
+from . import general
 from .buffers import Buffer
 from .eager import Eager
 from .hypergradient import average_too
@@ -37,11 +38,11 @@ class Graph(Eager):
         # Copies, because the graph keeps what it was made of and the buffers go on to change in place.
         points = [(block.x.clone(), {k: s.clone() for k, s in average_too(self.rule, block).items()}) for block in self.blocks]
         with torch.enable_grad():
-            news = self.block.update(self.blocks, points, leaves, ok)
+            news = general.update(self, self.blocks, points, leaves, ok)
         if bool(ok):
             self.leaves, self.outputs = leaves, {block.buffer: x1 for block, (x1, _) in zip(self.blocks, news, strict=True)}
         for block, (x1, s1) in zip(self.blocks, news, strict=True):
-            self.block.commit(block, x1.detach(), {k: s.detach() for k, s in s1.items()}, {}, ok)
+            self.commit(block, x1.detach(), {k: s.detach() for k, s in s1.items()}, {}, ok)
         for buffer in self.buffers:
             buffer.t += ok
         self.blocks = []

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..feasible import Feasible
-from ..guards import FLOOR, Size, is_finite
-from ..hyperparameter import Hyperparameters
+from ..guards import Size, is_finite
 from ..rule import Rule, State, overrides
 from ..rules.averaged import _Averaged
 from ..rules.schedule_free import _ScheduleFree
-from ..tangents import Raw, Tangents
+from ..tangents import Raw
 from .arithmetic import Selected
 from .buffers import Buffer
-from .eager import Eager
+from .eager import Eager, Part
 from .functions import BLOCK, Column, Value
 from .kernels import textbook
 
@@ -33,25 +31,14 @@ class Native(Eager):
     which memory does not lie as it has to is taken by the eager body.
 
     Args:
-        level, rule, hypers, tangents, trust, feasible, compiled: as for `Eager`.
+        part: as for `Eager`.
         functions: of passes.cpp.
     """
 
-    def __init__(
-        self,
-        level: int,
-        rule: Rule,
-        hypers: Hyperparameters,
-        tangents: Tangents,
-        trust: float | None,
-        feasible: Feasible | None,
-        functions: ctypes.CDLL,
-        *,
-        compiled: bool = False,
-    ) -> None:
-        super().__init__(level, rule, hypers, tangents, trust, feasible, compiled=compiled)
+    def __init__(self, part: Part, functions: ctypes.CDLL) -> None:
+        super().__init__(part)
         self.functions = functions
-        self.adam = textbook(_inner(rule))  # the direction is computed in C++
+        self.adam = textbook(_inner(part.rule))  # the direction is computed in C++
         self.kept: dict[Any, Passes] = {}
         self.passes: Passes | None = None  # of this step
         self.fresh = False
@@ -88,8 +75,7 @@ class Native(Eager):
         if not self.projects:
             return None
         place, move = self.sums[2:].sqrt().unbind()
-        numel = sum(buffer.numel for buffer in self.buffers)
-        return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(FLOOR * max(1, numel) ** 0.5), self.steps())
+        return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(self.floor()), self.steps())
 
     def take(self, r: Raw, sound: dict[str, Tensor], keep: Tensor, ok: Tensor) -> None:
         """As in `Eager`: say what the second pass is to do."""
@@ -118,8 +104,8 @@ class Native(Eager):
             return None
         self.fresh = bool(self.tangents.names) and not self.ready()
         for buffer in self.buffers if self.tangents.names else ():
-            for of, like in self._tangents(buffer):
-                buffer.tangent("lr", of, like)
+            if "lr" not in buffer.tangents:
+                self._make_tangents(buffer)
         key = tuple(buffer.serial for buffer in self.buffers)
         passes = self.kept.get(key)
         if passes is None or not passes.pointers_valid():
@@ -128,11 +114,11 @@ class Native(Eager):
             passes = self.kept[key] = Passes(self)
         return passes
 
-    def _tangents(self, buffer: Buffer) -> list[tuple[str, Tensor]]:
-        """What has a tangent of lr, and what it looks like."""
-        if self.block.implied:
-            return [(self.rule.moved, buffer.x()), (str(self.rule.average), buffer.x()), ("weight", buffer.t)]
-        return [("x", buffer.x()), *([(self.rule.average, buffer.x())] if self.rule.average else [])]
+    def _make_tangents(self, buffer: Buffer) -> None:
+        average = str(self.rule.average)
+        shapes = {self.rule.moved: buffer.x()} | ({average: buffer.x()} if self.rule.average else {})
+        for of, like in {**shapes, **({"weight": buffer.t} if self.implied else {})}.items():
+            buffer.tangent("lr", of, like)
 
 
 class Passes:
@@ -225,8 +211,9 @@ class Passes:
         return [kept.data_ptr() for kept in self.kept]
 
 
-def serves(rule: Rule, hypers: Hyperparameters, tangents: Tangents, feasible: Feasible | None, tensors: Sequence[Tensor]) -> bool:
+def serves(part: Part, tensors: Sequence[Tensor]) -> bool:
     """Whether the passes serve a rule, with what is learned of it, and these weights: on a CPU, in float32."""
+    rule, hypers, tangents, feasible = part.rule, part.hypers, part.tangents, part.feasible
     follows = not overrides(rule, "after")
     if not follows and type(rule).after in (_ScheduleFree.after, _Averaged.after):
         follows = not overrides(_inner(rule), "after") and tangents.gamma > 0

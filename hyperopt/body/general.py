@@ -1,0 +1,73 @@
+"""x', s' and Z' of blocks where an update has to be differentiated, averages, or stays in a feasible set."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..hyperparameter import Raw
+from ..rule import State, Values, interpolated
+from ..tangents import Point
+from .blocks import Block
+from .buffers import Tangent
+from .hypergradient import average_too
+
+
+def write(body: Any, batch: Sequence[Block], r: Raw, kept: Raw, ok: Tensor) -> None:
+    """Take the step of some blocks.
+
+    Args:
+        body: an `Eager`.
+        batch: one block, or all that a feasible set couples.
+        r: the raw hyperparameters.
+        kept: the factors with which the tangents of each go into the step.
+        ok: 1. if the step counts.
+    """
+    for block in batch:
+        for tangent in block.tangents.values():
+            for z in tangent.values():
+                body.arithmetic.restart(z)
+        if body.tangents.fixed and not block.made:
+            block.made = body.direction(block, body.h(block, r), ok)
+    points = [(block.x, average_too(body.rule, block)) for block in batch]
+    news: Sequence[Point] = [] if r else update(body, batch, points, r, ok)
+    found: list[Tangent] = [{} for _ in batch]
+    for name in r:
+        carried: list[dict[str, Tensor]] = [{} for _ in batch]
+        if body.tangents.gamma:
+            carried = [{k: z * block.factor(name, kept[name], z) for k, z in block.tangents.get(name, {}).items()} for block in batch]
+        views = batch[0].cut is not None
+        news, tangents = body.tangents.along(name, points, carried, r, lambda p, r: update(body, batch, p, r, ok), views=views)
+        for mine, new in zip(found, tangents, strict=True):
+            mine[name] = new
+    for block, new, tangent in zip(batch, news, found, strict=True):
+        body.commit(block, *new, tangent, ok)
+
+
+def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, ok: Tensor) -> list[Point]:
+    """The new points, as a differentiable function of the old ones and r; inside the feasible set."""
+    rule, hs = body.rule, [body.h(block, r) for block in batch]
+    arrived = [_arrive(body, block, *point, h, ok) for block, point, h in zip(batch, points, hs, strict=True)]
+    if body.feasible is not None:
+        metrics = [rule.metric(state, h, block.t) for block, (_, state), h in zip(batch, arrived, hs, strict=True)]
+        places = body.feasible.project([place for place, _ in arrived], metrics)
+        arrived = [(place, state) for place, (_, state) in zip(places, arrived, strict=True)]
+    if body.updates:
+        return arrived
+    return [rule.after(*each, h, block.t) for block, each, h in zip(batch, arrived, hs, strict=True)]
+
+
+def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values, ok: Tensor) -> Point:
+    """Where the step takes that which lr moves, and the state on the way."""
+    rule, start = body.rule, state.get(body.rule.moved, x)
+    if body.implied and body.decays:
+        x = interpolated(rule, state)  # with its tangents
+    if body.updates:
+        place, state = rule.update(x, body.gradient(block, ok), state, h, block.t)
+        place = state.get(rule.moved, place)
+    elif block.made:
+        d, own = block.made
+        place, state = start - h.lr * rule._step(x, d, h, block.t), {**state, **own}
+    else:
+        place, state = rule._arrive(x, body.gradient(block, ok), state, h, block.t)
+    return (place if body.limit is None else start + (place - start).clamp(-body.limit, body.limit)), state
