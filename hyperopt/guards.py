@@ -168,10 +168,12 @@ class Guards:
             r = guard.moved(before, r, q, ok)
         return r
 
-    def sized(self, r: Raw, size: Size | None, ok: Tensor) -> tuple[Raw, Tensor]:
+    def sized(self, r: Raw, size: Size | None, ok: Tensor) -> tuple[Raw, Tensor | None]:
         """See `Guard.sized`; `size` is None where no guard needs it."""
+        if size is None:
+            return r, None
         keep = torch.ones_like(ok)
-        for guard in self.sizers if size is not None else ():
+        for guard in self.sizers:
             r, keep = guard.sized(r, size, ok, keep)
         return r, keep
 

@@ -53,7 +53,7 @@ class Optimizable:
         """
         run = self.body.run  # as it is, or compiled
         finite, pulled = self.body.pull(gs, learn and q is None)  # first pass over x: is g finite? q = Zᵀg
-        ok = ok * finite
+        ok = ok if finite is None else ok * finite
         r, sound = run(self.learn, pulled if q is None else q, ok)
         r = self.hypers.assigned(r)  # what a user wrote wins
         size = self.body.measure(r, ok)  # ‖Δ‖ relative to ‖x‖ at r

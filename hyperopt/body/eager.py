@@ -116,8 +116,8 @@ class Eager:
 
     # ---- the three passes
 
-    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | float, Raw]:
-        """Whether all gradients are finite, and the hypergradients, if they are wanted and there are tangents."""
+    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
+        """1. if all gradients are finite (None: they are known to be); the hypergradients, where they are wanted and there are tangents."""
         wanted = wanted and self.ready()
         if self.level:
             (buffer,), (g,) = self.buffers, gs
@@ -130,7 +130,7 @@ class Eager:
                 self.blocks = [Block(buffer, x, g, buffer.state, buffer.tangents, buffer.t)]
             block = self.blocks[0]  # above level 0 it is always the same one
             block.g, block.t, block.made = g, buffer.t + 1, None
-            return 1.0, self.hypergradient.combined([self.hypergradient.of(buffer, g)]) if wanted else {}
+            return None, self.hypergradient.combined([self.hypergradient.of(buffer, g)]) if wanted else {}
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
         self.blocks = self._blocks(gs)
         total = combined([total.to(self.hypers.like) for total, _ in looks], torch.add, torch.sum)
@@ -173,12 +173,12 @@ class Eager:
         size = move.abs().amax() if self.level else norm(move)
         return size if lr is None else size * lr, place if self.level else norm(place)
 
-    def take(self, r: Raw, sound: dict[str, Tensor], keep: Tensor, ok: Tensor) -> None:
+    def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         """Take the step at `r`: `sound` is 0. for tangents that start again, `keep` a factor on those of lr."""
         kept: Raw = {}
         for name in r:
             kept[name] = sound[name] * self.tangents.gamma if name in sound else torch.full_like(ok, self.tangents.gamma)
-        if "lr" in kept:
+        if keep is not None:
             kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
         for block in self.blocks if self.feasible is None else ():

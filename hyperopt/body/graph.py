@@ -22,7 +22,7 @@ class Graph(Eager):
     leaves: Raw = {}  # noqa: RUF012 - replaced, never changed
     outputs: dict[Buffer, Tensor] = {}  # noqa: RUF012
 
-    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | float, Raw]:
+    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         """As in `Eager`."""
         finite, _ = super().pull(gs, False)
         pairs = [(self.outputs[c], g) for c, g in zip(self.buffers, gs, strict=True) if c in self.outputs] if wanted else []
@@ -32,7 +32,7 @@ class Graph(Eager):
         qs = torch.autograd.grad(outputs, list(self.leaves.values()), grads, retain_graph=True, allow_unused=True)
         return finite, {n: torch.zeros_like(leaf) if q is None else q for (n, leaf), q in zip(self.leaves.items(), qs, strict=True)}
 
-    def take(self, r: Raw, sound: dict[str, Tensor], keep: Tensor, ok: Tensor) -> None:
+    def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         """As in `Eager`."""
         leaves = {name: raw.detach().clone().requires_grad_() for name, raw in r.items()}
         # Copies, because the graph keeps what it was made of and the buffers go on to change in place.

@@ -61,7 +61,7 @@ class Native(Eager):
         """As in `Eager`."""
         return super().kind() if self.passes is None else ("native", self.fresh)
 
-    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | float, Raw]:
+    def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         """As in `Eager`."""
         if self.passes is None:
             return super().pull(gs, wanted)
@@ -77,14 +77,14 @@ class Native(Eager):
         place, move = self.sums[2:].sqrt().unbind()
         return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(self.floor()), self.steps())
 
-    def take(self, r: Raw, sound: dict[str, Tensor], keep: Tensor, ok: Tensor) -> None:
+    def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         """As in `Eager`: say what the second pass is to do."""
         if self.passes is None:
             super().take(r, sound, keep, ok)
             return
         lr = self.hypers["lr"].at(r["lr"]) if r else self.hypers["lr"].value
-        keep = keep * self.tangents.gamma
-        self.orders.copy_(torch.stack([ok, lr, keep * sound["lr"] if sound else keep]))
+        kept = self.tangents.gamma * (sound["lr"] if sound else torch.ones_like(ok))
+        self.orders.copy_(torch.stack([ok, lr, kept if keep is None else kept * keep]))
 
     def finish(self) -> None:
         """Take the second pass."""
