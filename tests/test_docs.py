@@ -23,8 +23,6 @@ DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 MODULES = ["hyperopt", *(m.name for m in pkgutil.walk_packages(hyperopt.__path__, "hyperopt."))]
 FENCED = re.compile(r"^```(\w*).*?\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-# Written for an interface that rules do not have yet; strict, so that this entry goes as soon as they do.
-PENDING = {"adding_a_rule.md": pytest.mark.xfail(reason="rules have no direction() yet")}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -41,12 +39,7 @@ def blocks(page: Path) -> list[str]:
     return [text for language, text in FENCED.findall(page.read_text()) if language == "python"]
 
 
-def of_page(page: Path):
-    """A page as a parameter of a test that runs it."""
-    return pytest.param(page, id=page.name, marks=PENDING.get(page.name, ()))
-
-
-@pytest.mark.parametrize("page", [of_page(page) for page in PAGES if blocks(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -6,6 +6,8 @@ import first_edition
 import pytest
 import torch
 
+from hyperopt import Adam, Hyper
+
 RECORD = json.loads(first_edition.RECORD.read_text())
 TOWERS = first_edition.towers()
 # Of the norm. The average of Schedule-Free is recomputed in float32, from weights that are rounded, and not stored.
@@ -23,3 +25,19 @@ def test_gives_what_the_first_edition_gave(name, dtype):
         a, b = torch.tensor(found[key], dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
         error = float((a - b).norm() / b.norm())
         assert error <= tolerance, f"{key}: off by {error:.1e}"
+
+
+def test_its_checkpoints_are_refused_with_the_reason():
+    def tensors(value):
+        if isinstance(value, dict):
+            return torch.tensor(value["tensor"]) if "tensor" in value else {key: tensors(v) for key, v in value.items()}
+        return [tensors(v) for v in value] if isinstance(value, list) else value
+
+    saved = tensors(json.loads(first_edition.RECORD.with_name("first_edition_checkpoint.json").read_text()))
+    saved["state"] = {int(key): state for key, state in saved["state"].items()}
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = Hyper(Adam, lr=0.01).stack(Adam).bind([w])
+    before = optimizer.hyperparameters()
+    with pytest.raises(ValueError, match=r"format 1 and this version of hyperopt reads 2: go on from it with the version that wrote it"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.hyperparameters() == before

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from cases import CASES, Case
 from fused import STEPS, assert_equal, bound, everything, fresh_compiler, step, train
+from test_averaging import averaged
 from torch import nn
 
-from hyperopt import Adam, Hyper
+from hyperopt import ADOPT, SGD, Adam, AdamW, Hyper, Lion, RMSprop, ScheduleFree
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 __all__ = ["fresh_compiler"]
@@ -327,3 +329,31 @@ def test_a_copy_and_a_checkpoint_go_on():
     assert by_hand(copied) == by_hand(other) == [True]
     assert_equal((params, optimizer), (copied_params, copied), torch.float32)
     assert_equal((params, optimizer), (other_params, other), torch.float32)
+
+
+# ---- every rule, in eager mode
+
+
+RULES = [*CASES, *(Case(f"averaged-{case.name}", averaged(case.rule), ("lr",), None) for case in CASES[:12:3])]
+RULES += [Case(f"schedule-free-{base.__name__}", ScheduleFree(base)(lr=0.01), ("lr",), None) for base in (Adam, AdamW, SGD, RMSprop, Lion)]
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "alone"])
+@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+def test_every_rule(case, learned):
+    """Whose direction depends on neither the weights nor lr; of ADOPT no decay, which begins with its second step."""
+    rule = case.rule
+    tower = Hyper(rule).stack(Adam) if learned else Hyper(rule)
+    torchs, native = (bound(tower, compile=False, native=n) for n in (False, True))
+    train(20, torchs, native)
+    coupled = rule._couples()
+    assert by_hand(native[1]) == [not coupled and not (isinstance(rule, ADOPT) and rule.weight_decay != 0)]
+    assert by_hand(torchs[1]) == [False]
+    assert_equal(torchs, native, torch.float32)
+
+
+def test_large_tensors_of_a_rule_without_a_direction_in_cpp_are_stepped_block_by_block(monkeypatch):
+    monkeypatch.setattr("hyperopt.body.native.GIVEN", 62)
+    fused = bound("SGD / Adam", compile=False, native=True)
+    train(4, fused)
+    assert by_hand(fused[1]) == [False]

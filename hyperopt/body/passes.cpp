@@ -7,8 +7,11 @@
 // The direction is either given in D, by any rule, or Adam's, which is computed here, once in each pass: reading it back would cost as much
 // as reading m, v and g again does. Both corrections of Adam's bias are moved to the scalars.
 //
-// Each block is handled in pieces that stay in the first-level cache: one loop puts s for a piece into a small buffer, a second makes
-// everything else of it. So a loop exists for each direction plus for each rule, not times; and none goes through more than six arrays.
+// With weights that do not stay in the cache, the time of a step is that of reading them: with 10 million weights and lr learned, Adam reads
+// nine arrays in both passes together, and takes 2.2 times as long as torch's fused Adam, which reads four. One loop over all arrays of a pass
+// is then 10 % faster than two. With weights that stay in the cache, the time is that of the root and the division, and one loop that keeps
+// an average besides takes 30 % longer than two, as fewer of its elements are in flight at a time. Hence `take` is one loop for the rules
+// without an average, and two for the others, the first of which fetches what the second reads.
 //
 // gcc 12 vectorises none of these loops for AVX2 if there is a branch in it, even one on a loop-invariant. Hence all cases are templates,
 // chosen once for each block, and inside a loop there are only choices between values that exist on both sides (z or 0).
@@ -29,8 +32,11 @@ namespace {
 enum Column { X, G, D, M, V, PLACE, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX };
 enum Value { REST1, REST2, EPS, WEIGHT_DECAY, BETA, REST_DECAY };
 
-constexpr float ROOT_MIN = 0x1p-63f;  // √FLT_MIN
-constexpr int64_t PIECE = 1024;  // elements; 4 KiB of each array
+constexpr int64_t SUM = 2048;         // elements that are added up in float
+constexpr int64_t PIECE = 512;        // elements whose steps lie between two loops, in the first-level cache
+constexpr int64_t FETCH = 64;         // elements that are fetched at a time; with 256 all wait for memory before any is computed
+constexpr int64_t SERIAL = 1 << 15;   // elements in all below which one thread does everything, in 20 to 40 microseconds
+constexpr int64_t FAR = 1 << 20;      // elements in all from which on fetching helps, by 10 %; where they stay in the cache it costs 5 %
 
 // What the caller hands to both passes.
 struct Table {
@@ -47,19 +53,18 @@ struct Table {
     float value(Value v) const { return values[v] ? *values[v] : 0; }
 };
 
-// One row of `block`: a stretch of one tensor.
+// One row of `block`: a stretch of one tensor. What a rule does not have is null.
 struct Stretch {
-    const Table& table;
-    int64_t tensor, start, n;
+    int64_t tensor, n;
+    float *x, *g, *d, *m, *v, *place, *average, *zx, *za;
 
-    Stretch(const Table& all, int64_t b) : table(all), tensor(all.block[3 * b]), start(all.block[3 * b + 1]), n(all.block[3 * b + 2]) {}
-    float* at(Column c, int64_t from) const {
-        float* p = table.column(c, tensor);
-        return p ? p + start + from : nullptr;
+    Stretch(const Table& table, int64_t b) : tensor(table.block[3 * b]), n(table.block[3 * b + 2]) {
+        auto at = [&](Column c) {
+            float* p = table.column(c, tensor);
+            return p ? p + table.block[3 * b + 1] : nullptr;
+        };
+        x = at(X), g = at(G), d = at(D), m = at(M), v = at(V), place = at(PLACE), average = at(AVERAGE), zx = at(ZX), za = at(ZA);
     }
-    bool has(Column c) const { return table.column(c, tensor) != nullptr; }
-    float number(Column c) const { return table.number(c, tensor); }
-    Column place() const { return has(PLACE) ? PLACE : X; }
 };
 
 // a + w·(b − a) for w below a half, b − (1 − w)·(b − a) from there on, as torch.lerp: at w = 1 it is b exactly.
@@ -88,67 +93,257 @@ struct Adam {
     Lerp first, second;
     float eps, size, t;
 
-    Adam(const Table& table, bool momentum, float step)
-        : first(table.value(REST1)), second(table.value(REST2)), t(step) {
+    Adam(const Table& table, bool momentum, float step) : first(table.value(REST1)), second(table.value(REST2)), t(step) {
         size = std::sqrt(rest_of_power(table.value(REST2), t));
         eps = table.value(EPS) * size;
         if (momentum) size /= rest_of_power(table.value(REST1), t);
     }
     float moment1(float m, float g) const { return first(m, g); }
     float moment2(float v, float g) const { return second(v, std::min(g * g, FLT_MAX)); }
-    float direction(float m, float v) const { return size * m / (std::max(std::sqrt(v), ROOT_MIN) + eps); }
+    // The bound is on the root, not on v: gcc turns the root of a constant into a branch.
+    float direction(float m, float v) const { return size * m / (std::max(std::sqrt(v), 0x1p-63f) + eps); }
 };
 
-// The scalars of the stretch before this one, as long as they are those of the same step: tensors of a few elements are many.
+// Those of the stretch before this one, as long as they are the same: tensors of a few elements are many.
 struct Scalars {
+    const Table& table;
     Adam adam;
     bool momentum = false;
 
-    explicit Scalars(const Table& table) : adam(table, false, NAN) {}
+    explicit Scalars(const Table& all) : table(all), adam(all, false, NAN) {}
     const Adam& of(const Stretch& at) {
-        float t = at.number(T) + 1;
-        if (t != adam.t || momentum != at.has(M)) adam = Adam(at.table, momentum = at.has(M), t);
+        float t = table.number(T, at.tensor) + 1;
+        if (t != adam.t || momentum != (at.m != nullptr)) adam = Adam(table, momentum = at.m != nullptr, t);
         return adam;
     }
 };
 
+// What the averages and tangents of a tensor count at a step.
+struct Mix {
+    float lr, decay, beta;
+    float weight = 0, zweight = 0;  // ScheduleFree's W' and its tangent
+    float share = 0, zshare = 0;    // c in a' = a + c·(place' − a), and its tangent
+    float unmix = 0;                // 1 / the mix that made x of z and a; 0 where x is z
+    float from_z, from_a, kept;     // what the tangent of place counts in that of place', that of a in that of place' and in that of a'
+
+    Mix(const Table& table, int64_t tensor, float step, float keep) : lr(step), decay(table.value(WEIGHT_DECAY)), beta(table.value(BETA)) {
+        float mix = 0;
+        if (table.column(PLACE, tensor)) {
+            float square = lr * lr;
+            mix = table.number(MIX, tensor);
+            weight = table.number(WEIGHT, tensor) + square;
+            zweight = keep * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
+            share = square / std::max(weight, FLT_MIN);
+            zshare = share * (2 - (weight >= FLT_MIN ? zweight / weight : 0));
+            unmix = mix != 0 ? 1 / mix : 0;
+        } else if (float rest = table.value(REST_DECAY)) {
+            share = rest / rest_of_power(rest, table.number(T, tensor) + 1);
+        }
+        // Weights decay at x, whose tangent is mixed as x is.
+        from_z = keep * (1 - lr * decay * (1 - mix)), from_a = -keep * lr * decay * mix, kept = keep * (1 - share);
+    }
+};
+
 enum Direction { GIVEN, GRADIENT, MOMENTUM };  // read from D; Adam's without and with a first moment
+enum Rule { AVERAGED, STORED, RECOMPUTED };    // the last two are ScheduleFree's, by whether it stores its average
+enum Tangents { NONE, OF_PLACE, OF_AVERAGE };  // each has the one before it
 
-inline Direction direction_of(const Stretch& at) { return at.has(D) ? GIVEN : at.has(M) ? MOMENTUM : GRADIENT; }
-
-// Calls f with a constant for each of these, so that loops can be made for it.
-template <class F> void each_bool(bool b, F f) { b ? f(std::true_type{}) : f(std::false_type{}); }
-template <class F> void each_direction(Direction d, F f) {
-    if (d == GIVEN) f(std::integral_constant<Direction, GIVEN>{});
-    else if (d == GRADIENT) f(std::integral_constant<Direction, GRADIENT>{});
-    else f(std::integral_constant<Direction, MOMENTUM>{});
+// Calls f with a constant in place of the number, so that loops can be made for it.
+template <int... OPTIONS, class F> void choose(int option, F f) {
+    (void)((option == OPTIONS && (f(std::integral_constant<int, OPTIONS>{}), true)) || ...);
 }
 
-// Calls work(b) for all blocks. Each thread has neighbouring blocks with the same number of elements as the others', not the same number of
-// blocks: of the 16 of an MLP for MNIST four are small. `take` goes through them backwards, as `look` left the last ones in the cache.
-template <class Work> void for_blocks(int64_t threads, int64_t blocks, const int64_t* block, const Work& work) {
+// The step at lr = 1 of element j; Adam's moments are put into m1 and v1.
+template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Adam& adam, float decay, int64_t j, float& m1, float& v1) {
+    float s;
+    if constexpr (KIND == GIVEN) s = at.d[j];
+    else {
+        m1 = at.g[j], v1 = adam.moment2(at.v[j], m1);
+        if constexpr (KIND == MOMENTUM) m1 = adam.moment1(at.m[j], m1);
+        s = adam.direction(m1, v1);
+    }
+    if constexpr (DECAYED) s += decay * finite_or_zero(at.x[j]);
+    return s;
+}
+
+// The loops take their arguments by value: what is only referred to might change with every element that is written.
+
+// Adds Σg, Σg·z and, of the step, Σs² to `sums`.
+template <int KIND, bool DECAYED, bool TANGENT>
+void measured(Stretch at, const float* z, Adam adam, float decay, int64_t from, int64_t to, double* sums) {
+    float gradient = 0, inner = 0, moves = 0;
+#pragma omp simd reduction(+ : gradient, inner, moves)
+    for (int64_t j = from; j < to; j++) {
+        float m1, v1;
+        const float s = step<KIND, DECAYED>(at, adam, decay, j, m1, v1);
+        if constexpr (TANGENT) inner += at.g[j] * z[j];
+        gradient += at.g[j], moves += s * s;
+    }
+    sums[0] += gradient, sums[1] += inner, sums[3] += moves;
+}
+
+// The same without Σs².
+template <bool TANGENT> void unmeasured(Stretch at, const float* z, Adam, float, int64_t from, int64_t to, double* sums) {
+    float gradient = 0, inner = 0;
+#pragma omp simd reduction(+ : gradient, inner)
+    for (int64_t j = from; j < to; j++) {
+        gradient += at.g[j];
+        if constexpr (TANGENT) inner += at.g[j] * z[j];
+    }
+    sums[0] += gradient, sums[1] += inner;
+}
+
+float squares(const float* place, int64_t from, int64_t to) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = from; j < to; j++) sum += place[j] * place[j];
+    return sum;
+}
+
+// In all that follows, reads come first and writes last: gcc takes it that a write may change what is read after it.
+
+template <int KIND> inline void write_moments(const Stretch& at, int64_t j, float m1, float v1) {
+    if constexpr (KIND != GIVEN) at.v[j] = v1;
+    if constexpr (KIND == MOMENTUM) at.m[j] = m1;
+}
+
+// The whole step of a rule without an average; returns Σplace'².
+template <int KIND, bool DECAYED, bool TANGENT> float advance(Stretch at, Adam adam, Mix by, int64_t from, int64_t to) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = from; j < to; j++) {
+        float m1, v1, z1;
+        const float move = by.lr * step<KIND, DECAYED>(at, adam, by.decay, j, m1, v1), x1 = at.x[j] - move;
+        if constexpr (TANGENT) z1 = by.from_z * finite_or_zero(at.zx[j]) - move;
+        write_moments<KIND>(at, j, m1, v1);
+        if constexpr (TANGENT) at.zx[j] = z1;
+        at.x[j] = x1, sum += x1 * x1;
+    }
+    return sum;
+}
+
+// For a rule with an average, the step at lr = 1 into `steps`, and the moments.
+template <int KIND, bool DECAYED> void prepare(Stretch at, Adam adam, float decay, int64_t from, int64_t to, float* steps) {
+#pragma omp simd
+    for (int64_t j = from; j < to; j++) {
+        float m1, v1;
+        steps[j - from] = step<KIND, DECAYED>(at, adam, decay, j, m1, v1);
+        write_moments<KIND>(at, j, m1, v1);
+    }
+}
+
+// What follows from that; returns Σplace'².
+template <int RULE, int TANGENTS> float follow(Stretch at, Mix by, int64_t from, int64_t to, const float* steps) {
+    constexpr bool FREE = RULE != AVERAGED;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = from; j < to; j++) {
+        const float move = by.lr * steps[j - from], place = FREE ? at.place[j] : at.x[j], place1 = place - move;
+        float old, z1, za1;
+        if constexpr (RULE == RECOMPUTED) old = place + (at.x[j] - place) * by.unmix;
+        else old = at.average[j];
+        const float change = place1 - old, average1 = old + by.share * change;
+        if constexpr (TANGENTS != NONE) z1 = by.from_z * finite_or_zero(at.zx[j]) - move;
+        if constexpr (TANGENTS == OF_AVERAGE) {
+            const float tangent = finite_or_zero(at.za[j]);
+            if constexpr (FREE) z1 += by.from_a * tangent;
+            za1 = by.kept * tangent + by.share * z1;
+            if constexpr (FREE) za1 += by.zshare * change;
+        }
+        if constexpr (TANGENTS != NONE) at.zx[j] = z1;
+        if constexpr (TANGENTS == OF_AVERAGE) at.za[j] = za1;
+        if constexpr (RULE != RECOMPUTED) at.average[j] = average1;
+        if constexpr (FREE) at.place[j] = place1;
+        at.x[j] = FREE ? place1 + by.beta * (average1 - place1) : place1;
+        sum += place1 * place1;
+    }
+    return sum;
+}
+
+// Fetches what the second of these loops reads while the first computes.
+struct Ahead {
+    const float* arrays[5];
+    int count = 0;
+
+    explicit Ahead(const Stretch& at) {
+        for (const float* p : {at.x, at.place, at.average, at.zx, at.za})
+            if (p) arrays[count++] = p;
+    }
+    void operator()(int64_t from, int64_t to) const {
+        for (int k = 0; k < count; k++)
+            for (int64_t j = from; j < to; j += 16) __builtin_prefetch(arrays[k] + j, 1);
+    }
+};
+
+// Which of these loops a stretch needs.
+
+template <class F> void choose_step(const Stretch& at, bool decay, F f) {
+    choose<GIVEN, GRADIENT, MOMENTUM>(at.d ? GIVEN : at.m ? MOMENTUM : GRADIENT, [&](auto kind) {
+        choose<false, true>(decay, [&](auto decayed) { f(kind, decayed); });
+    });
+}
+
+auto measured_of(const Stretch& at, bool measure, bool decay) {
+    auto found = unmeasured<false>;
+    choose<false, true>((at.place ? at.za : at.zx) != nullptr, [&](auto tangent) {
+        found = unmeasured<tangent>;
+        if (measure) choose_step(at, decay, [&](auto kind, auto decayed) { found = measured<kind, decayed, tangent>; });
+    });
+    return found;
+}
+
+auto advance_of(const Stretch& at, bool decay) {
+    auto found = advance<GIVEN, false, false>;
+    choose<false, true>(at.zx != nullptr, [&](auto tangent) {
+        choose_step(at, decay, [&](auto kind, auto decayed) { found = advance<kind, decayed, tangent>; });
+    });
+    return found;
+}
+
+auto prepare_of(const Stretch& at, bool decay) {
+    auto found = prepare<GIVEN, false>;
+    choose_step(at, decay, [&](auto kind, auto decayed) { found = prepare<kind, decayed>; });
+    return found;
+}
+
+auto follow_of(const Stretch& at) {
+    auto found = follow<AVERAGED, NONE>;
+    choose<AVERAGED, STORED, RECOMPUTED>(!at.place ? AVERAGED : at.average ? STORED : RECOMPUTED, [&](auto rule) {
+        choose<NONE, OF_PLACE, OF_AVERAGE>(!at.zx ? NONE : at.za ? OF_AVERAGE : OF_PLACE, [&](auto tangents) {
+            found = follow<rule, tangents>;
+        });
+    });
+    return found;
+}
+
+int64_t elements(int64_t blocks, const int64_t* block) {
     int64_t all = 0;
     for (int64_t b = 0; b < blocks; b++) all += block[3 * b + 2];
-    auto share = [&](int64_t team, int64_t me) {
-        int64_t begin = blocks, end = blocks, before = 0;
-        for (int64_t b = 0; b < blocks; b++) {
-            // By its middle, a block belongs to one thread whatever the sizes are.
-            int64_t owner = all ? std::min((before + block[3 * b + 2] / 2) * team / all, team - 1) : 0;
-            before += block[3 * b + 2];
-            if (owner < me) continue;
-            if (owner > me) { end = b; break; }
-            begin = std::min(begin, b);
-        }
-        work(begin, std::max(begin, end));
-    };
+    return all;
+}
+
+// Calls work(begin, end) with a range of blocks for each thread, all of them with the same number of elements and not of blocks: of the 16 of
+// an MLP for MNIST four are small. The team is never smaller than it was asked to be, as libgomp ends the threads that are left over and
+// torch would have to start them again.
+template <class Work> void for_blocks(int64_t threads, int64_t blocks, const int64_t* block, const Work& work) {
+    const int64_t all = elements(blocks, block);
 #ifdef _OPENMP
-    if (threads > 1 && blocks > 1) {
+    if (threads > 1 && all >= SERIAL) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
-        share(omp_get_num_threads(), omp_get_thread_num());
+        {
+            // A block belongs to the thread in whose share its middle lies.
+            const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+            int64_t begin = 0, end = 0, before = 0;
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t owner = (before + block[3 * b + 2] / 2) * team / all;
+                begin += owner < me, end += owner <= me, before += block[3 * b + 2];
+            }
+            work(begin, end);
+        }
         return;
     }
 #endif
-    share(1, 0);
+    work(0, blocks);
 }
 
 // Block after block, so that the sums do not depend on the number of threads.
@@ -158,155 +353,16 @@ float total(int64_t blocks, const double* partial, int k) {
     return static_cast<float>(sum);
 }
 
-float squares(const float* place, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += place[i] * place[i];
-    return sum;
-}
-
-// Σg, Σg·z and Σs² of a piece, added to `sums`.
-template <Direction KIND, bool DECAYED, bool TANGENT>
-void gradient_and_step(const Adam& adam, float decay, int64_t n, const float* g, const float* z, const float* d, const float* m,
-                       const float* v, const float* x, double* sums) {
-    float gradient = 0, inner = 0, moves = 0;
-#pragma omp simd reduction(+ : gradient, inner, moves)
-    for (int64_t i = 0; i < n; i++) {
-        float s;
-        if constexpr (KIND == GIVEN) s = d[i];
-        if constexpr (KIND == GRADIENT) s = adam.direction(g[i], adam.moment2(v[i], g[i]));
-        if constexpr (KIND == MOMENTUM) s = adam.direction(adam.moment1(m[i], g[i]), adam.moment2(v[i], g[i]));
-        if constexpr (DECAYED) s += decay * finite_or_zero(x[i]);
-        if constexpr (TANGENT) inner += g[i] * z[i];
-        gradient += g[i], moves += s * s;
-    }
-    sums[0] += gradient, sums[1] += inner, sums[3] += moves;
-}
-
-template <bool TANGENT> void gradient_alone(int64_t n, const float* g, const float* z, double* sums) {
-    float gradient = 0, inner = 0;
-#pragma omp simd reduction(+ : gradient, inner)
-    for (int64_t i = 0; i < n; i++) {
-        gradient += g[i];
-        if constexpr (TANGENT) inner += g[i] * z[i];
-    }
-    sums[0] += gradient, sums[1] += inner;
-}
-
-// The step at lr = 1 of a piece into `s`, and Adam's moments, which are written.
-template <Direction KIND, bool DECAYED>
-void step(const Adam& adam, float decay, int64_t n, const float* __restrict__ g, const float* __restrict__ d, float* __restrict__ m,
-          float* __restrict__ v, const float* __restrict__ x, float* __restrict__ s) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        float made;
-        if constexpr (KIND == GIVEN) made = d[i];
-        else {
-            float m1 = g[i], v1 = v[i] = adam.moment2(v[i], g[i]);
-            if constexpr (KIND == MOMENTUM) m1 = m[i] = adam.moment1(m[i], g[i]);
-            made = adam.direction(m1, v1);
-        }
-        if constexpr (DECAYED) made += decay * finite_or_zero(x[i]);
-        s[i] = made;
-    }
-}
-
-// What `take` does with a piece of s; each returns Σplace'². `keep` is what tangents of past steps still count.
-
-template <bool LEARNED>
-float plain(float lr, float keep, int64_t n, const float* __restrict__ s, float* __restrict__ x, float* __restrict__ zx) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) {
-        float move = lr * s[i], x1 = x[i] - move;
-        if constexpr (LEARNED) zx[i] = keep * finite_or_zero(zx[i]) - move;
-        x[i] = x1, sum += x1 * x1;
-    }
-    return sum;
-}
-
-template <bool LEARNED, bool TANGENT>
-float averaged(float lr, float shrunk, float keep, float share, int64_t n, const float* __restrict__ s, float* __restrict__ x,
-               float* __restrict__ a, float* __restrict__ zx, float* __restrict__ za) {
-    Lerp mean(share);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) {
-        float move = lr * s[i], x1 = x[i] - move;
-        if constexpr (LEARNED) {
-            float z1 = shrunk * finite_or_zero(zx[i]) - move;
-            if constexpr (TANGENT) za[i] = mean(keep * finite_or_zero(za[i]), z1);
-            zx[i] = z1;
-        }
-        a[i] = mean(a[i], x1), x[i] = x1, sum += x1 * x1;
-    }
-    return sum;
-}
-
-// ScheduleFree's numbers at a step.
-struct Mix {
-    float weight, zweight;   // W' and its tangent
-    float share, zshare;     // c = lr² / W' and its tangent
-    float unmix;             // 1 / the mix by which x was made, 0 where x is z
-    float from_x, from_a;    // what the tangents of z and of the average count in that of z'
-
-    Mix(const Table& table, int64_t tensor, float lr, float keep) {
-        float square = lr * lr, mix = table.number(MIX, tensor), decay = lr * table.value(WEIGHT_DECAY);
-        weight = table.number(WEIGHT, tensor) + square;
-        zweight = keep * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
-        share = square / std::max(weight, FLT_MIN);
-        zshare = share * (2 - (weight >= FLT_MIN ? zweight / weight : 0));
-        unmix = mix != 0 ? 1 / mix : 0;
-        // Weight decay is taken at x, whose tangent is mixed as x is.
-        from_x = keep * (1 - decay * (1 - mix)), from_a = -keep * decay * mix;
-    }
-};
-
-template <bool LEARNED, bool STORED>
-float schedule_free(float lr, float keep, float beta, const Mix& by, int64_t n, const float* __restrict__ s, float* __restrict__ x,
-                    float* __restrict__ z, float* __restrict__ a, float* __restrict__ zz, float* __restrict__ za) {
-    Lerp mean(by.share), mixed(beta);
-    float kept = keep * (1 - by.share), sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) {
-        float move = lr * s[i], z1 = z[i] - move, old;
-        if constexpr (STORED) old = a[i];
-        else old = z[i] + (x[i] - z[i]) * by.unmix;
-        float a1 = mean(old, z1);
-        if constexpr (LEARNED) {
-            float tz = finite_or_zero(zz[i]), ta = finite_or_zero(za[i]), tz1 = by.from_x * tz + by.from_a * ta - move;
-            za[i] = kept * ta + by.share * tz1 + by.zshare * (z1 - old);
-            zz[i] = tz1;
-        }
-        if constexpr (STORED) a[i] = a1;
-        z[i] = z1, x[i] = mixed(z1, a1), sum += z1 * z1;
-    }
-    return sum;
-}
-
-float advance(const Stretch& at, int64_t i, int64_t n, float lr, float keep, const float* s, const Mix& by, float share) {
-    const Table& table = at.table;
-    float *x = at.at(X, i), *place = at.at(PLACE, i), *a = at.at(AVERAGE, i), *zx = at.at(ZX, i), *za = at.at(ZA, i), sum = 0;
-    float shrunk = keep * (1 - lr * table.value(WEIGHT_DECAY)), beta = table.value(BETA);
-    if (place) each_bool(zx && za, [&](auto learned) {
-        each_bool(a != nullptr, [&](auto stored) { sum = schedule_free<learned, stored>(lr, keep, beta, by, n, s, x, place, a, zx, za); });
-    });
-    else if (a && zx) each_bool(za != nullptr, [&](auto t) { sum = averaged<true, t>(lr, shrunk, keep, share, n, s, x, a, zx, za); });
-    else if (a) sum = averaged<false, false>(lr, shrunk, keep, share, n, s, x, a, zx, za);
-    else each_bool(zx != nullptr, [&](auto learned) { sum = plain<learned>(lr, shrunk, n, s, x, zx); });
-    return sum;
-}
-
 }  // namespace
 
 // Whether this CPU has the instructions that the file was compiled for. An object built with -march=native may reach another machine inside
 // a copied environment; the check itself uses none of them.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define PLAIN __attribute__((target("no-avx,no-bmi,no-bmi2")))
+#define BASELINE __attribute__((target("no-avx,no-bmi,no-bmi2")))
 #else
-#define PLAIN
+#define BASELINE
 #endif
-extern "C" PLAIN int usable() {
+extern "C" BASELINE int usable() {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
 #define NEEDS(name) \
@@ -367,23 +423,15 @@ extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int
         for (int64_t b = begin; b < end; b++) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
-            const Column tangent = at.has(PLACE) ? ZA : ZX;
-            double found[4] = {};
-            for (int64_t i = 0; i < at.n; i += PIECE) {
-                const int64_t n = std::min(PIECE, at.n - i);
-                const float *g = at.at(G, i), *z = at.at(tangent, i);
-                each_bool(z != nullptr, [&](auto learned) {
-                    if (!measure) return gradient_alone<learned>(n, g, z, found);
-                    each_bool(decay != 0, [&](auto decayed) {
-                        each_direction(direction_of(at), [&](auto kind) {
-                            gradient_and_step<kind, decayed, learned>(adam, decay, n, g, z, at.at(D, i), at.at(M, i), at.at(V, i),
-                                                                      at.at(X, i), found);
-                        });
-                    });
-                });
-                if (measure == 1) found[2] += squares(at.at(at.place(), i), n);
+            const auto measured = measured_of(at, measure, decay != 0);
+            const float *z = at.place ? at.za : at.zx, *place = at.place ? at.place : at.x;
+            double* found = partial + 4 * b;
+            std::fill(found, found + 4, 0.0);
+            for (int64_t i = 0; i < at.n; i += SUM) {
+                const int64_t to = std::min(i + SUM, at.n);
+                measured(at, z, adam, decay, i, to, found);
+                if (measure == 1) found[2] += squares(place, i, to);
             }
-            std::copy(found, found + 4, partial + 4 * b);
         }
     });
     for (int k = 0; k < 4; k++) sums[k] = total(blocks, partial, k);
@@ -394,40 +442,44 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
     const float ok = orders[0], lr = orders[1], keep = orders[2];
     if (!(ok > 0)) return;
     const Table table{block, count, tensors, values};
-    const float decay = table.value(WEIGHT_DECAY), rest = table.value(REST_DECAY);
+    const bool far = elements(blocks, block) > FAR;
     for_blocks(threads, blocks, block, [&](int64_t begin, int64_t end) {
         Scalars scalars(table);
-        alignas(64) float buffer[PIECE];
+        float steps[PIECE];
+        // Backwards, as `look` has left the last blocks in the cache.
         for (int64_t b = end - 1; b >= begin; b--) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
             const Mix by(table, at.tensor, lr, keep);
-            const float share = rest / rest_of_power(rest, at.number(T) + 1);
-            const Direction kind = direction_of(at);
-            double sum = 0;
-            for (int64_t i = 0; i < at.n; i += PIECE) {
-                const int64_t n = std::min(PIECE, at.n - i);
-                const float* s = buffer;
-                if (kind == GIVEN && decay == 0) s = at.at(D, i);
-                else each_bool(decay != 0, [&](auto decayed) {
-                    each_direction(kind, [&](auto made) {
-                        step<made, decayed>(adam, decay, n, at.at(G, i), at.at(D, i), at.at(M, i), at.at(V, i), at.at(X, i), buffer);
-                    });
-                });
-                sum += advance(at, i, n, lr, keep, s, by, share);
+            double& sum = partial[4 * b + 2] = 0;
+            if (!at.place && !at.average) {
+                const auto advance = advance_of(at, by.decay != 0);
+                for (int64_t i = 0; i < at.n; i += SUM) sum += advance(at, adam, by, i, std::min(i + SUM, at.n));
+                continue;
             }
-            partial[4 * b + 2] = sum;
+            const auto prepare = prepare_of(at, by.decay != 0);
+            const auto follow = follow_of(at);
+            const Ahead ahead(at);
+            const int64_t stride = far ? FETCH : PIECE;
+            for (int64_t i = 0; i < at.n; i += PIECE) {
+                const int64_t to = std::min(i + PIECE, at.n);
+                for (int64_t j = i; j < to; j += stride) {
+                    if (far) ahead(j, j + stride);
+                    prepare(at, adam, by.decay, j, std::min(j + stride, to), steps + j - i);
+                }
+                sum += follow(at, by, i, to, steps);
+            }
         }
     });
     // Only now, as every block of a chunk has read them.
     for (int64_t h = 0; h < heads; h++) {
         const int64_t tensor = head[h];
+        const Mix by(table, tensor, lr, keep);
         *table.column(T, tensor) += 1;
         if (!table.column(PLACE, tensor)) continue;
-        const Mix by(table, tensor, lr, keep);
         *table.column(WEIGHT, tensor) = by.weight;
         if (table.column(ZWEIGHT, tensor)) *table.column(ZWEIGHT, tensor) = by.zweight;
-        *table.column(MIX, tensor) = table.value(BETA);
+        *table.column(MIX, tensor) = by.beta;
     }
     sums[2] = total(blocks, partial, 2);
 }
