@@ -1,8 +1,10 @@
 """Whether a checkpoint is one of this tower over these parameters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .rule import check as check_value
 from .spec.level import Level
@@ -23,6 +25,13 @@ def check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str,
         ValueError: a checkpoint of another tower, of parameters of other shapes, without this group's feasible set, or with a value
             outside its domain.
     """
+    try:
+        _check(state_dict, tower, param_groups, driven=driven)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is not the checkpoint of a HyperOptimizer, or a part of it is missing: {error!r}") from error
+
+
+def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
     groups = state_dict.get("param_groups", [])
     if len(groups) != len(param_groups):
         mine = len(param_groups)
@@ -60,3 +69,10 @@ def check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str,
                 check_value(f"the checkpoint's {name}", end.item(), tower.domain(name))
         if group.get("project") is not None and saved.get("project") is None:
             raise ValueError(f"the checkpoint's group has no set and this one project={group['project']}: bind a group without one")
+
+
+def states(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+    """The state of each parameter in its own dtype: torch casts it to the parameter's, which would round float32 tangents to bfloat16."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    pairs = [(p, state_dict["state"][i]) for i, p in zip(ids, params, strict=True) if i in state_dict["state"]]
+    return {p: {key: value.to(p.device, copy=True) for key, value in state.items()} for p, state in pairs}

@@ -1,6 +1,5 @@
 """One parameter group at work: which tensors are stepped as one, what a user assigned, what survives in a checkpoint."""
 
-import dataclasses
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from .body.compiled import is_right
 from .body.graph import Graph
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
-from .rule import check, recovered
+from .param_group import check_step
+from .rule import recovered
 from .spec import text
 from .spec.level import Level
 from .tree import Tree, with_zeros
@@ -42,6 +42,9 @@ class Group:
         wide = any(p.dtype == torch.float64 for p in self.params)
         self.dtype = torch.float64 if wide else torch.float32
         self.names = list(spec.rule.declared())
+        self.sizes = {name: self._size(name) for name in self.names}
+        self.live: dict[str, Tensor] = {}
+        self.buffers: list[Buffer] = []
         self.check()
         fresh = {"format": FORMAT, "structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}}
         self.tower: dict[str, Any] = group.setdefault("tower", fresh)
@@ -49,8 +52,6 @@ class Group:
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
         self.compile = compile and spec.strategy != "graph" and is_right(group["params"])
         self.one = torch.ones((), dtype=self.dtype, device=self.device)
-        self.live: dict[str, Tensor] = {}
-        self.buffers: list[Buffer] = []
         self._build()
 
     @torch.no_grad()
@@ -59,7 +60,7 @@ class Group:
         for name in self.names:
             if name not in self.live:
                 value = self._to(torch.as_tensor(self.group[name], dtype=self.dtype)).detach().clone()
-                size = self._size(name)
+                size = self.sizes[name]
                 self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
             last[name] = self._to(last.get(name, self.live[name].clone()))
         learned = self.spec.learning
@@ -97,13 +98,14 @@ class Group:
         return len(self.params) if self.spec.per == "tensor" else sum(p.numel() for p in self.params)
 
     def _buffer(self, params: list[Tensor]) -> Buffer:
-        derives = "beta1" not in self.spec.learning and "beta1" not in self.hypers.watched and float(self.live.get("beta1", 0)) >= 0.5
-        return Buffer(params, [self.state[p] for p in params], self.rule, self._spread(params), derives=derives and self._derives())
+        positions = choose.spread(params, self.params, self.spec)
+        return Buffer(params, [self.state[p] for p in params], self.rule, positions, derives=self._derives())
 
     def _derives(self) -> bool:
         """Whether the average of a rule is recomputed from what lr moves and the weights, which saves a copy of them."""
-        implied = self.rule.moved != "x" and self.rule.average is not None
-        return implied and not self.set and self.spec.project is None and all(p.dtype == torch.float32 for p in self.params)
+        implied = self.rule.moved != "x" and self.rule.average is not None and "beta1" in self.live
+        known = implied and "beta1" not in (*self.spec.learning, *self.hypers.watched) and float(self.live["beta1"]) >= 0.5
+        return known and self.spec.project is None and all(p.dtype == torch.float32 for p in self.params)
 
     def _partition(self, buffers: list[Buffer]) -> None:
         # Kept with the state, as sums over other buffers would differ in the last bit.
@@ -111,50 +113,16 @@ class Group:
         index = {p: i for i, p in enumerate(self.params)}
         self.tower["chunks"] = [[index[p] for p in buffer.tensors] for buffer in buffers]
 
-    def _spread(self, params: list[Tensor]) -> dict[str, tuple[Tensor, int]]:
-        """For each element of `params` the position of its value, where a hyperparameter has several."""
-        if self.spec.per == "group" or not self.spec.learning:
-            return {}
-        starts, total = {}, 0
-        for i, p in enumerate(self.params):
-            starts[p] = i if self.spec.per == "tensor" else total
-            total += p.numel()
-        if self.spec.per == "tensor":
-            parts = [torch.full((p.numel(),), starts[p], device=p.device) for p in params]
-            total = len(self.params)
-        else:
-            parts = [torch.arange(starts[p], starts[p] + p.numel(), device=p.device) for p in params]
-        return dict.fromkeys(self.spec.learning, (torch.cat(parts), total))
-
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
+        usual = self.group["project"] == self.set and "betas" not in self.group
         for p in self.params:
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise TypeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which has no hypergradient here: "
-                    "make it dense (nn.Embedding(sparse=False)) or give that parameter to another optimizer"
-                )
-        if "betas" in self.group:
-            raise ValueError("param_groups[…]['betas'] is read nowhere: assign 'beta1' and 'beta2'")
-        if self.group["project"] != self.set:
-            raise ValueError(f"param_groups[…]['project'] was changed from {self.set} to {self.group['project']}: give it when binding")
-        for name in self.names:
-            value = self.group[name]
-            if not isinstance(value, Tensor):
-                self._check_number(name, value)
-            elif value.dim() and value.shape != (size := self._size(name),):
-                wanted = "one number" if size is None else f"one number, or a tensor of shape ({size},)"
-                raise ValueError(f"param_groups[…][{name!r}] was given a tensor of shape {tuple(value.shape)}: give {wanted}")
-
-    def _check_number(self, name: str, value: Any) -> None:
-        domain = self.spec.domain(name)
-        check(f"param_groups[…][{name!r}]", value, domain)
-        if value and self.spec.rule.declared()[name].domain.admits(value):
-            # What the rule itself refuses, such as a beta of 1; 0 only switches a part of the update off.
-            dataclasses.replace(self.spec.rule, **{name: value})
-        rounded = float(torch.tensor(value, dtype=self.dtype))
-        if domain.inside(value) and not domain.inside(rounded):
-            raise ValueError(f"{name} = {value!r} is {rounded:g} in {self.dtype}, on the bound of {domain!r}: give a value farther inside")
+            usual = usual and (p.grad is None or p.grad.layout == torch.strided)
+        for name, value in self.live.items():
+            usual = usual and self.group[name] is value
+        if self.live and usual:
+            return
+        check_step(self.group, self.spec, self.sizes, self.set, self.dtype)
 
     def collect(self, directions: Mapping[Tensor, Tensor] | None = None) -> bool:
         """Notice what was assigned, choose the buffers that have a gradient, and begin the step with them.

@@ -4,7 +4,7 @@ A guard acts at two moments: `moved`, when the level above has chosen new raw va
 these values would be. Each is the identity unless a guard overrides it. Nothing here waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -182,3 +182,11 @@ def is_finite(number: Tensor) -> Tensor:
     """1. where a 0-d tensor is finite, 0. otherwise; torch.isfinite takes four times as long."""
     # number·0 == 0 would do, but torch 2.11 compiles number·0 to 0.
     return (number.abs() <= torch.finfo(number.dtype).max).to(number.dtype)
+
+
+def every(numbers: Iterable[Tensor]) -> Tensor:
+    """The product of 0-d tensors, which may be on several devices."""
+    first, *rest = numbers
+    for number in rest:
+        first = first * number.to(first)
+    return first

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .body import choose
 from .body.buffers import Buffer
-from .body.eager import Part
+from .body.part import Part
 from .domains import Interval, Positive
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
 from .hyperparameter import Hyperparameter, Hyperparameters

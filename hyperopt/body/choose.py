@@ -1,20 +1,24 @@
 """Which body a node has, which tensors are stepped as one, and how a step is run: chosen once, when a tower is bound."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..rule import Rule
+from ..spec.level import Level
 from ..tangents import Raw
 from . import functions
 from .buffers import Buffer, Record
 from .compiled import Compiled
-from .eager import EAGER, STAGES, WHOLE, Eager, Part, call
+from .eager import Eager, call
 from .graph import Graph
 from .kernels import kernel
 from .native import Native, serves
+from .part import EAGER, STAGES, WHOLE, Part
 
 # Elements from which on a tensor is stepped in place: gathering then costs more than one more round of kernels. A few fused rounds are
 # cheap, and half of what one core has gathered has to travel to the other.
@@ -60,6 +64,19 @@ def parts(params: Sequence[Tensor], state: Mapping[Tensor, Record], rule: Rule, 
             part = found.setdefault(key, [])
         part.append(p)
     yield from (part for part in found.values() if part)
+
+
+def spread(params: Sequence[Tensor], every: Sequence[Tensor], spec: Level) -> dict[str, tuple[Tensor, int]]:
+    """For each element of `params`, among `every` parameter of a group, the position of its value where a hyperparameter has several."""
+    if spec.per == "group" or not spec.learning:
+        return {}
+    ends = list(itertools.accumulate((1 if spec.per == "tensor" else p.numel() for p in every), initial=0))
+    starts = dict(zip(every, ends, strict=False))
+    if spec.per == "tensor":
+        found = [torch.full((p.numel(),), starts[p], device=p.device) for p in params]
+    else:
+        found = [torch.arange(starts[p], starts[p] + p.numel(), device=p.device) for p in params]
+    return dict.fromkeys(spec.learning, (torch.cat(found), ends[-1]))
 
 
 class Runner:

@@ -1,43 +1,27 @@
 """The body of a node in operations of torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..feasible import Feasible
 from ..guards import FLOOR, Size, is_finite
-from ..hyperparameter import Hyperparameters, Raw
-from ..rule import Rule, State, Values, interpolated, overrides
-from ..tangents import Point, Tangents
+from ..hyperparameter import Raw
+from ..rule import State, Values, interpolated, overrides
+from ..tangents import Point
 from . import general
 from .arithmetic import Selected, Weighted
 from .blocks import Block, blocks, combined, norm
 from .buffers import Buffer, Tangent
 from .hypergradient import Hypergradient
 from .kernels import Kernel
-
-EAGER, WHOLE, STAGES = "eager", "whole", "stages"  # not compiled; compiled in one piece; each stage compiled for itself
+from .part import EAGER, WHOLE, Part
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a stage of a step as it is."""
     return function(*arguments)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a node does, as its body has to know it: its level, rule and hyperparameters, how Z' is made, the trust and the feasible set."""
-
-    level: int
-    rule: Rule
-    hypers: Hyperparameters
-    tangents: Tangents
-    trust: float | None = None
-    feasible: Feasible | None = None
-    compiled: bool = False
 
 
 class Eager:

@@ -15,9 +15,10 @@ from ..rules.schedule_free import _ScheduleFree
 from ..tangents import Raw
 from .arithmetic import Selected
 from .buffers import Buffer
-from .eager import Eager, Part
+from .eager import Eager
 from .functions import BLOCK, Column, Value
 from .kernels import textbook
+from .part import Part
 
 SETS = 8  # sets of parameters that have a gradient together, of which the tables of pointers are kept
 # Elements up to which directions that are not computed in C++ are kept from the first pass to the second, with the new state beside them.
@@ -54,22 +55,18 @@ class Native(Eager):
         return super().begin(grads, directions, maximize=maximize)
 
     def finite(self, gs: Sequence[Tensor]) -> Tensor:
-        """As in `Eager`."""
         return super().finite(gs) if self.passes is None else is_finite(self.sums[0].clone())
 
     def kind(self) -> Any:
-        """As in `Eager`."""
         return super().kind() if self.passes is None else ("native", self.fresh)
 
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
-        """As in `Eager`."""
         if self.passes is None:
             return super().pull(gs, wanted)
         total, q, _, _ = self.sums.clone().unbind()
         return is_finite(total), {"lr": q} if wanted and not self.fresh and self.tangents.names else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
-        """As in `Eager`."""
         if self.passes is None:
             return super().measure(r, ok)
         if not self.projects:
@@ -94,7 +91,6 @@ class Native(Eager):
             self.passes.take(self)
 
     def changed(self) -> None:
-        """As in `Eager`."""
         super().changed()
         self.kept.clear()
 

@@ -1,0 +1,23 @@
+"""What the body of a node has to know of the node, and the ways in which its steps are run."""
+
+from dataclasses import dataclass
+
+from ..feasible import Feasible
+from ..hyperparameter import Hyperparameters
+from ..rule import Rule
+from ..tangents import Tangents
+
+EAGER, WHOLE, STAGES = "eager", "whole", "stages"  # not compiled; compiled in one piece; each stage compiled for itself
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a node does, as its body has to know it: its level, rule and hyperparameters, how Z' is made, the trust and the feasible set."""
+
+    level: int
+    rule: Rule
+    hypers: Hyperparameters
+    tangents: Tangents
+    trust: float | None = None
+    feasible: Feasible | None = None
+    compiled: bool = False

@@ -1,0 +1,30 @@
+"""A step whose directions another optimizer makes."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .adopt import Driven
+from .group import Group
+from .guards import every
+
+
+def step(driven: Driven, groups: Sequence[Group], every_call: int) -> None:
+    """Let the other optimizer step, and take the step in its direction.
+
+    Args:
+        driven: the other optimizer.
+        groups: all parameter groups.
+        every_call: the levels above 0 step on every `every_call`-th call.
+    """
+    grads = [p.grad for group in groups for p in group.params if p.grad is not None]
+    if not grads:
+        return
+    # The one wait for the device: the other optimizer must not see a gradient that is not finite.
+    finite = all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
+    directions = {p: torch.zeros_like(p) for group in groups for p in group.params} | (driven.directions() if finite else {})
+    active = [group for group in groups if group.collect(directions)]
+    fine = float(finite and all(bool(d.sum().isfinite()) for d in directions.values()))
+    ok = every(group.finite() for group in active) * fine
+    for group in active:
+        group.step(ok, every_call)

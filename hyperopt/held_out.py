@@ -1,0 +1,25 @@
+"""The gradient of a loss other than the one that the weights descend."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .spec.level import Level
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor], tower: Level) -> dict[Tensor, Tensor | None]:
+    """The gradient of `loss` by parameter, None where it does not depend on one; raises where a tower cannot learn from it."""
+    if not tower.above:
+        raise RuntimeError(f"{tower} learns nothing: stack an optimizer on it, .stack(Adam)")
+    if tower.strategy == "graph":
+        raise RuntimeError("strategy='graph' has no tangents for another loss: give strategy='tangents'")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"shape {tuple(loss.shape)}, requires_grad {loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"hyper_backward needs a loss of one number that depends on the parameters, got {got}")
+    trained = [p for p in params if p.requires_grad]
+    grads: dict[Tensor, Tensor | None] = dict.fromkeys(params)
+    grads |= dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+    if all(g is None for g in grads.values()):
+        raise ValueError("hyper_backward was given a loss that depends on none of the parameters: make it from the model as it is now")
+    return grads

@@ -1,0 +1,91 @@
+"""What a parameter group may hold: when it is added, and before each step."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rule import check
+from .spec.level import Level
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
+    """A copy of a group that a user gave, as torch.optim takes it; raises for what the tower does not know."""
+    if not isinstance(param_group, dict):
+        raise TypeError(f"a parameter group is a dictionary, {{'params': parameters}}, got {type(param_group).__name__}")
+    if "params" not in param_group:
+        raise ValueError(f"a parameter group needs an entry 'params', got only {', '.join(map(repr, param_group))}")
+    group = dict(param_group)
+    if "betas" in group:
+        group["beta1"], group["beta2"] = group.pop("betas")
+    known = tower.rule.declared()
+    for name in group.keys() - {"params", "param_names", "initial_lr", "name", "project"} - known.keys():
+        raise ValueError(f"a parameter group has an unknown entry {name!r}: {type(tower.rule).__name__} has {', '.join(known)}")
+    values = {name: group[name] for name in known if name in group}
+    for name, value in values.items():
+        check(f"a parameter group's {name}", value, tower.domain(name))
+    tower.replace(**values)
+    if group.get("project") is not None:
+        tower.inside(group["project"])
+        group["project"] = str(group["project"])  # plain, so that a checkpoint is read with weights_only=True
+    if not isinstance(group["params"], (Tensor, Set)):  # torch makes a list of one tensor, and refuses a set, which has no order
+        group["params"] = list(group["params"])
+        if len({id(p[1] if isinstance(p, tuple) else p) for p in group["params"]}) < len(group["params"]):
+            raise ValueError("a parameter group holds the same parameter twice: give each tensor once, as model.parameters() does")
+    return group
+
+
+def check_parameters(params: Sequence[Tensor]) -> None:
+    """Raise unless there are parameters, and all of them can be trained."""
+    if not params:
+        raise ValueError("a parameter group has an empty parameter list: give at least one tensor")
+    for p in params:
+        if p.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors, {names}")
+        if hasattr(p, "to_local"):
+            raise TypeError("a sharded parameter (DTensor, as FSDP2 makes them) cannot be trained here: DDP's whole ones can")
+
+
+def check_step(group: Mapping[str, Any], spec: Level, sizes: Mapping[str, int | None], project: Any, dtype: torch.dtype) -> None:
+    """Raise if a step cannot be taken, before anything is changed.
+
+    Args:
+        group: the parameter group.
+        spec: its tower.
+        sizes: how many values each hyperparameter has; None for one.
+        project: the set that it was bound with.
+        dtype: of its hyperparameters.
+    """
+    for p in group["params"]:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which has no hypergradient here: "
+                "make it dense (nn.Embedding(sparse=False)) or give that parameter to another optimizer"
+            )
+    if "betas" in group:
+        raise ValueError("param_groups[…]['betas'] is read nowhere: assign 'beta1' and 'beta2'")
+    if group["project"] != project:
+        raise ValueError(f"param_groups[…]['project'] was changed from {project} to {group['project']}: give it when binding")
+    for name, size in sizes.items():
+        value = group[name]
+        if not isinstance(value, Tensor):
+            _check_number(name, value, spec, dtype)
+        elif value.dim() and value.shape != (size,):
+            wanted = "one number" if size is None else f"one number, or a tensor of shape ({size},)"
+            raise ValueError(f"param_groups[…][{name!r}] was given a tensor of shape {tuple(value.shape)}: give {wanted}")
+
+
+def _check_number(name: str, value: Any, spec: Level, dtype: torch.dtype) -> None:
+    domain = spec.domain(name)
+    check(f"param_groups[…][{name!r}]", value, domain)
+    if value and spec.rule.declared()[name].domain.admits(value):
+        # What the rule itself refuses, such as a beta of 1; 0 only switches a part of the update off.
+        dataclasses.replace(spec.rule, **{name: value})
+    rounded = float(torch.tensor(value, dtype=dtype))
+    if domain.inside(value) and not domain.inside(rounded):
+        raise ValueError(f"{name} = {value!r} is {rounded:g} in {dtype}, on the bound of {domain!r}: give a value farther inside")
