@@ -63,14 +63,12 @@ class Climb(Guard):
         self.on, self.trust, self.leap = on, trust, min(self.LEAP, leap)
 
     def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
-        """Faster, while it lasts."""
         self.on.mul_((ok == 0) | (q["lr"] <= 0))
         move = r["lr"] - before["lr"]
         more = torch.minimum((self.FACTOR - 1) * move, self.leap - move).clamp_min(0)
         return {**r, "lr": r["lr"] + more * self.on}
 
     def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
-        """It ends with a step that is not negligible."""
         self.on.lerp_(self.on * (size.move <= self.trust * self.NEGLIGIBLE), ok.to(self.on))
         return r, keep
 
@@ -91,7 +89,6 @@ class Pace(Guard):
         self.names = names
 
     def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
-        """Within the limit."""
         return {**r, **{name: r[name].clamp(before[name] - self.LIMIT, before[name] + self.LIMIT) for name in self.names}}
 
 
@@ -114,7 +111,6 @@ class Trust(Guard):
         self.lr, self.trust, self.warmup = lr, trust, warmup
 
     def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
-        """Within trust."""
         allowed = self.trust
         if self.warmup > 1:
             allowed = ((size.steps + 1) * (self.trust / self.warmup)).clamp_max(self.trust)
@@ -147,7 +143,6 @@ class Forget(Guard):
         self.lr, self.mark = lr, mark
 
     def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
-        """Forgets."""
         log_lr = self.lr.log_size(r["lr"])
         top = log_lr + self.BAND
         factor = (self.POWER * (top - self.mark)).clamp_max(0).exp()
@@ -163,7 +158,6 @@ class Guards:
         self.sizers = [guard for guard in guards if type(guard).sized is not Guard.sized]
 
     def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
-        """See `Guard.moved`."""
         for guard in self.movers:
             r = guard.moved(before, r, q, ok)
         return r

@@ -23,7 +23,7 @@ def bound(tower, dtype=torch.float32, *, compile, device="cpu", native=None):
     params = [nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in [(7, 5), (7,), (3, 7)]]
     tower = Hyper.parse(tower) if isinstance(tower, str) else tower
     native = compile if native is None else native
-    with contextlib.nullcontext() if native else mock.patch("hyperopt.body.functions.installed", lambda: None):
+    with contextlib.nullcontext() if native else mock.patch("hyperopt.body.functions.installed", return_value=None):
         return params, tower.bind(params, compile=compile)
 
 

@@ -540,3 +540,89 @@ def test_an_assigned_decay_of_1_raises_as_at_construction():
     backward(model, 3)
     with pytest.raises(ValueError, match="give a decay below 1"):
         optimizer.step()
+
+
+# ---- an average that is recomputed and not stored
+
+
+def single(tower, *, stored):
+    """The small model in float32, and its optimizer, with the average stored or recomputed."""
+    model = net(torch.float32)
+    optimizer = tower.bind(model.parameters())
+    if stored:
+        optimizer._groups()[0]._derives = lambda: False
+    return model, optimizer
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "torch"])
+@pytest.mark.parametrize(
+    "text", ["ScheduleFree(Adam)(lr=0.01) / Adam", "ScheduleFree(SGD)(lr=0.1, weight_decay=0.01) / Adam", "ScheduleFree(Adam)"]
+)
+def test_float32_weights_and_z_say_what_the_average_is(text, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("hyperopt.body.functions.installed", lambda: None)
+    runs = [single(Hyper.parse(text), stored=stored) for stored in (False, True)]
+    for at in range(60):
+        for model, optimizer in runs:
+            backward(model, at)
+            optimizer.step()
+    (model, optimizer), (twin, other) = runs
+    assert {"average" in optimizer.state[p] for p in model.parameters()} == {False}
+    assert {"average" in other.state[p] for p in twin.parameters()} == {True}
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(optimizer.hyperparameters(), other.hyperparameters(), rtol=1e-4, atol=0)
+    with optimizer.averaged(), other.averaged():
+        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-6)
+        assert not torch.equal(flat(model), flat(net(torch.float32)))
+
+
+def test_an_assigned_beta1_of_a_recomputed_average_goes_on_from_it():
+    runs = [single(Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam), stored=stored) for stored in (False, True)]
+    for at in range(20):
+        for model, optimizer in runs:
+            if at == 10:
+                optimizer.param_groups[0]["beta1"] = 0.1  # below a half the average is no longer to be found in the weights
+            backward(model, at)
+            optimizer.step()
+    assert "average" in runs[0][1].state[runs[0][0][0].weight]
+    torch.testing.assert_close(flat(runs[0][0]), flat(runs[1][0]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta1", [0.2, 0.9])
+def test_the_average_is_that_of_z_whether_it_is_stored_or_not(beta1):
+    """By its definition: with weights lr², at a constant lr the mean of all z."""
+    model = net(torch.float32)
+    optimizer = Hyper(ScheduleFree(SGD), lr=0.1, beta1=beta1).bind(model.parameters())
+    zs = []
+    for at in range(20):
+        backward(model, at)
+        optimizer.step()
+        zs.append(torch.cat([optimizer.state[p]["z"].flatten().clone() for p in model.parameters()]))
+    assert ("average" in optimizer.state[model[0].weight]) == (beta1 < 0.5)
+    with optimizer.averaged():
+        torch.testing.assert_close(flat(model), torch.stack(zs).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_without_the_average_is_loaded_into_bfloat16():
+    model, half = net(torch.float32), net(torch.bfloat16)
+    optimizer, other = (Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam).bind(m.parameters()) for m in (model, half))
+    for at in range(10):
+        backward(model, at)
+        optimizer.step()
+    half.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    with optimizer.averaged(), other.averaged():
+        torch.testing.assert_close(flat(half).float(), flat(model), rtol=0.02, atol=0.02)
+    backward(half, 10)
+    other.step()
+    assert "average" in other.state[half[0].weight]
+
+
+def test_before_the_first_step_that_counts_the_average_is_the_weights():
+    model = net(torch.float32)
+    optimizer = Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam).bind(model.parameters())
+    backward(model, 0)
+    model[0].weight.grad[0, 0] = math.nan
+    optimizer.step()
+    with optimizer.averaged():
+        assert torch.equal(flat(model), flat(net(torch.float32)))

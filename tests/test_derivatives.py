@@ -93,7 +93,7 @@ def watch(level):
 
 
 def run(case, spec, level, *, whole=False):
-    """Train a small network for some steps: the node of `level`, and what it did; `whole`: nothing is known of what directions depend on."""
+    """Train a small network: the node of `level`, and what it did. `whole`: nothing is known of what directions depend on."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     reads = (lambda rule: rule.declared().keys()) if whole else read_by_direction

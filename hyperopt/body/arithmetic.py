@@ -10,8 +10,6 @@ class Weighted:
     0·inf is not 0, so gradients are set to zero where the step does not count.
     """
 
-    kernels = True  # fused kernels of torch's own may be used
-
     @staticmethod
     def gradient(g: Tensor, ok: Tensor) -> Tensor:
         """The gradient to compute with."""
@@ -38,26 +36,20 @@ class Weighted:
 class Selected:
     """For code that is compiled: `torch.where` costs nothing in a fused kernel, and gradients need no cleaning."""
 
-    kernels = False
-
     @staticmethod
     def gradient(g: Tensor, ok: Tensor) -> Tensor:
-        """The gradient to compute with."""
         return g
 
     @staticmethod
     def write(buffer: Tensor, new: Tensor, ok: Tensor) -> None:
-        """buffer = new where the step counts."""
         buffer.copy_(torch.where(ok > 0, new, buffer))
 
     @staticmethod
     def restart(z: Tensor) -> None:
-        """Set the elements of a tangent that are not finite to zero."""
         # Inductor does not vectorise nan_to_num.
         z.copy_(torch.where(z.abs() <= torch.finfo(z.dtype).max, z, 0.0))
 
     @staticmethod
     def displace(x: Tensor, z: Tensor, step: Tensor, lr: Tensor, kept: Tensor, ok: Tensor) -> None:
-        """x −= lr·step and z = kept·z − lr·step, in place."""
         z.copy_(torch.where(ok > 0, torch.addcmul(kept * z, step, -lr), z))
         x.copy_(torch.where(ok > 0, torch.addcmul(x, step, -lr), x))

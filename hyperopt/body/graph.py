@@ -23,7 +23,6 @@ class Graph(Eager):
     outputs: dict[Buffer, Tensor] = {}  # noqa: RUF012
 
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
-        """As in `Eager`."""
         finite, _ = super().pull(gs, False)
         pairs = [(self.outputs[c], g) for c, g in zip(self.buffers, gs, strict=True) if c in self.outputs] if wanted else []
         if not pairs:
@@ -33,7 +32,6 @@ class Graph(Eager):
         return finite, {n: torch.zeros_like(leaf) if q is None else q for (n, leaf), q in zip(self.leaves.items(), qs, strict=True)}
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
-        """As in `Eager`."""
         leaves = {name: raw.detach().clone().requires_grad_() for name, raw in r.items()}
         # Copies, because the graph keeps what it was made of and the buffers go on to change in place.
         points = [(block.x.clone(), {k: s.clone() for k, s in average_too(self.rule, block).items()}) for block in self.blocks]
