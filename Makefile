@@ -6,6 +6,8 @@ EXPERIMENTS := mnist_table heights cifar char_rnn gpt exponent held_out
 JOBS ?= 2
 # Not the results that are already there, which would be resumed: RESULTS=experiments/results fills in what is missing in these.
 RESULTS ?= runs/experiments
+# What is installed: packages, and the passes over the weights in C++.
+SOURCES := setup.cfg pyproject.toml setup.py hyperopt/body/passes.cpp
 # Idle threads that spin make a small model up to 100 times slower as soon as another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -19,7 +21,7 @@ help:  ## list the targets
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.experiments: setup.cfg pyproject.toml | $(BIN)/pip
+$(VENV)/.experiments: $(SOURCES) | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	touch $@
 
@@ -28,7 +30,7 @@ $(VENV)/.docs: setup.cfg pyproject.toml | $(BIN)/pip
 	touch $@
 
 # dev contains experiments and docs: after `make test`, `make demo` and `make docs` need no network.
-$(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/pip
+$(VENV)/.dev: $(SOURCES) | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(VENV)/.experiments $(VENV)/.docs $@
 
@@ -56,5 +58,5 @@ lint: $(VENV)/.dev  ## ruff and pyright
 	$(BIN)/pyright
 
 clean:  ## remove what was installed, built and cached; runs/ and data/ stay
-	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build hyperopt/body/_passes*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hyperopt experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

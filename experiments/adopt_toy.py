@@ -51,7 +51,7 @@ def run(rule: Rule, gs: Tensor) -> Tensor:
     state, out = rule.init(x), []
     for i, g in enumerate(gs):
         t = torch.tensor(i + 1.0, dtype=gs.dtype)
-        values = Values({**h, "lr": 0.01 / (1 + 0.01 * t).sqrt()}.__getitem__, lambda name: 1 - h[name])
+        values = Values({**h, "lr": 0.01 / (1 + 0.01 * t).sqrt()}, lambda name: 1 - h[name])
         x, state = rule.update(x, g.expand_as(x), state, values, t)
         x = x.clamp(-1, 1)
         out.append(x.mean(1))
