@@ -151,7 +151,7 @@ class Group:
         self.body.buffers = active
         if not active:
             return False
-        grads = [[p.grad for p in buffer.tensors] for buffer in active]
+        grads: Any = [[p.grad for p in buffer.tensors] for buffer in active]
         given = None if directions is None else [[directions[p] for p in buffer.tensors] for buffer in active]
         self._gs = self.body.begin(grads, given, maximize=self.spec.maximize)
         return True

@@ -176,7 +176,7 @@ def interpolated(rule: Rule, state: State) -> Tensor:
     return torch.lerp(state[rule.moved], state[rule.average], state["mix"])
 
 
-def recovered(rule: Rule, x: Tensor, state: State) -> Tensor:
+def recovered(rule: Rule, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """The average of such a rule, from x and the state that lr moves: the inverse of `interpolated`, where "mix" is not below a half.
 
     Before the first step "mix" is 0 and all three are equal.

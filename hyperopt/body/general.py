@@ -59,7 +59,8 @@ def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, o
 
 def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values, ok: Tensor) -> Point:
     """Where the step takes that which lr moves, and the state on the way."""
-    rule, start = body.rule, state.get(body.rule.moved, x)
+    rule = body.rule
+    start: Tensor = state.get(rule.moved, x)
     if body.implied and body.decays:
         x = interpolated(rule, state)  # with its tangents
     if body.updates:

@@ -1,6 +1,7 @@
 """Fused kernels of torch for the direction of a rule, used in eager mode in place of a dozen operations."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Kernel:
     """
 
     def __init__(self, values: Mapping[str, float]) -> None:
-        self.options = {name: values[name] for name in ("beta1", "beta2", "eps")}
+        self.options: dict[str, Any] = {name: values[name] for name in ("beta1", "beta2", "eps")}
         self.shared: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, move: Tensor, g: Tensor, state: State, t: Tensor, skip: Tensor) -> None:
