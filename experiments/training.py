@@ -31,7 +31,6 @@ from tqdm import tqdm
 import hyperopt
 from experiments.workloads import Workload
 from hyperopt import Hyper, HyperOptimizer, Recorder, Replay, batch_statistics
-from hyperopt.spec.level import Level
 
 # Builds everything that is stepped after a backward pass, in this order: optimizers, then their schedulers.
 Make = Callable[[nn.Module], list[Any]]
@@ -192,7 +191,7 @@ def auto(model: nn.Module, lr: float | None = None) -> list[Optimizer]:
     return [hyperopt.auto(model, lr)]
 
 
-def plain(tower: Level, params: Any) -> Optimizer:
+def plain(tower: Hyper, params: Any) -> Optimizer:
     """The optimizer of torch.optim with the values of the tower's level 0; if torch has none, level 0 itself with nothing learned."""
     rule = tower.rule
     make = getattr(torch.optim, type(rule).__name__, None)
@@ -212,7 +211,7 @@ def reference(tower: Hyper, schedule: Callable[[Optimizer], Any] | None, model: 
     return [optimizer, schedule(optimizer)] if schedule else [optimizer]
 
 
-def replayed(tower: Level, values: Mapping[str, Any], model: nn.Module) -> list[Any]:
+def replayed(tower: Any, values: Mapping[str, Any], model: nn.Module) -> list[Any]:
     """`plain` with recorded values of level 0; `partial(replayed, tower, values)` is a `make` of `train`."""
     optimizer = plain(tower, model.parameters())
     return [optimizer, Replay(optimizer, values)]
