@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..hyperparameter import Raw
-from ..rule import State, Values, interpolated
+from ..rule import Rule, State, Values, interpolated
 from ..tangents import Point
 from .blocks import Block
 from .buffers import Tangent
@@ -59,13 +59,13 @@ def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, o
 
 def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values, ok: Tensor) -> Point:
     """Where the step takes that which lr moves, and the state on the way."""
-    rule, moved = body.rule, str(body.rule.moved)
-    start = state.get(moved, x)
+    rule: Rule = body.rule
+    start = state.get(rule.moved, x)
     if body.implied and body.decays:
         x = interpolated(rule, state)  # with its tangents
     if body.updates:
         place, state = rule.update(x, body.gradient(block, ok), state, h, block.t)
-        place = state.get(moved, place)
+        place = state.get(rule.moved, place)
     elif block.made:
         d, own = block.made
         place, state = start - h.lr * rule._step(x, d, h, block.t), {**state, **own}
