@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experiments import bench
+from hyperopt.body import functions
 
 RESULTS = Path(bench.__file__).parent / "results"
 
@@ -41,9 +42,11 @@ def test_every_row_is_what_it_says(name):
 
 
 def test_memory_is_that_of_the_state():
-    # m, v and no more; Z and a direction beside them.
+    # m, v and no more; Z beside them, and a direction where it is not computed in C++. Of Schedule-Free v, z and two tangents.
+    native = functions.installed() is not None
     assert bench.peak(bench.REFERENCE, "cpu") == pytest.approx(2, abs=0.05)
-    assert bench.peak("eager", "cpu") == pytest.approx(4, abs=0.1)
+    assert bench.peak("eager", "cpu") == pytest.approx(3 if native else 4, abs=0.1)
+    assert bench.peak("eager, Schedule-Free", "cpu") == pytest.approx(4 if native else 4.5, abs=0.1)
 
 
 @pytest.mark.parametrize(("name", "parts"), [("bench", set(bench.PARTS)), ("bench_cuda", {"trainings"})])

@@ -87,7 +87,7 @@ def test_equal_to_torch(case, dtype, tower, large, monkeypatch):
 @pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999])
 def test_rectification_keeps_its_digits_in_float32(beta2):
     """RAdam's ρ is the difference of two numbers near 2 / (1 − beta2), of which float32 leaves three digits."""
-    h = Values(lambda _: torch.tensor(beta2), lambda _: torch.tensor(1 - beta2))
+    h = Values({"beta2": torch.tensor(beta2)}, lambda _: torch.tensor(1 - beta2))
     limit = 2 / (1 - beta2) - 1
     for t in (1, 5, 6, 7, 20, 1000):
         rho = limit - 2 * t * beta2**t / (1 - beta2**t)

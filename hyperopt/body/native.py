@@ -196,8 +196,9 @@ class Passes:
                 d, own = buffer.side_by_side(directions[i]), {}
             else:
                 d, own = body.rule.direction(buffer.gradient(grads[i], maximize=False), buffer.state, h, buffer.t + 1)
-            if not (d.is_contiguous() and d.dtype == torch.float32):
-                d = d.to(torch.float32).contiguous()
+            strides = (1,) if buffer.flat else buffer.strides[0]
+            if d.stride() != strides or d.dtype != torch.float32 or d.shape != buffer.x().shape:  # as the weights lie, element by element
+                d = torch.empty_strided(buffer.x().shape, strides, dtype=torch.float32, device="cpu").copy_(d)
             self.given.append((d, own))
             ends = itertools.accumulate((4 * t.numel() for t in buffer.tensors[:-1]), initial=0)
             pointers += [d.data_ptr() + end for end in ends]

@@ -177,7 +177,7 @@ def _rule(node: ast.expr, source: str) -> Any:
     if isinstance(node, ast.Call) and _composes(node):
         if len(node.args) != 1 or node.keywords:
             raise ValueError(
-                f"{_code(node)} in {_short(source)!r}: it takes one rule, and values follow in a second pair of brackets, "
+                f"{_code(node)} in {_short(source)!r}: it takes one rule, and values go behind it in a second pair of brackets, "
                 "as in ScheduleFree(Adam)(lr=0.01)"
             )
         return getattr(rules, _name(node.func, source))(_rule(node.args[0], source))
