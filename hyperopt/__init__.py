@@ -5,6 +5,7 @@
 HyperOptimizer(Adam / SGD, 2 tensors in 1 groups)
 """
 
+from . import rules
 from .batch_norm import batch_statistics
 from .domains import Domain, Interval, Positive, Real, UnitInterval
 from .feasible import Ball, Box
@@ -14,64 +15,12 @@ from .recommended import auto
 from .record import Recorder
 from .replay import Replay
 from .rule import Rule, Values, hyper
-from .rules import (
-    ADOPT,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Adan,
-    AdaShift,
-    Averaged,
-    Exponent,
-    Lion,
-    NAdam,
-    Padam,
-    RAdam,
-    RMSprop,
-    ScheduleFree,
-    Unified,
-    Yogi,
-)
+from .rules import *  # noqa: F403 - what rules.__all__ names
 from .spec.tower import Hyper
 
+# fmt: off
 __all__ = [
-    "ADOPT",
-    "SGD",
-    "AdaShift",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Adan",
-    "Averaged",
-    "Ball",
-    "Box",
-    "Domain",
-    "Exponent",
-    "Hyper",
-    "HyperOptimizer",
-    "Interval",
-    "Lion",
-    "NAdam",
-    "Optimizable",
-    "Padam",
-    "Positive",
-    "RAdam",
-    "RMSprop",
-    "Real",
-    "Recorder",
-    "Replay",
-    "Rule",
-    "ScheduleFree",
-    "Unified",
-    "UnitInterval",
-    "Values",
-    "Yogi",
-    "auto",
-    "batch_statistics",
-    "hyper",
+    *rules.__all__, "Ball", "Box", "Domain", "Hyper", "HyperOptimizer", "Interval", "Optimizable", "Positive", "Real", "Recorder", "Replay",
+    "Rule", "UnitInterval", "Values", "auto", "batch_statistics", "hyper",
 ]
+# fmt: on

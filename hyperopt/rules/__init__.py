@@ -18,24 +18,9 @@ from .sgd import SGD
 from .unified import Unified
 from .yogi import Yogi
 
+# fmt: off
 __all__ = [
-    "ADOPT",
-    "SGD",
-    "AdaShift",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Adan",
-    "Averaged",
-    "Exponent",
-    "Lion",
-    "NAdam",
-    "Padam",
-    "RAdam",
-    "RMSprop",
-    "ScheduleFree",
-    "Unified",
-    "Yogi",
+    "ADOPT", "SGD", "AdaShift", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Averaged", "Exponent", "Lion", "NAdam", "Padam",
+    "RAdam", "RMSprop", "ScheduleFree", "Unified", "Yogi",
 ]
+# fmt: on

@@ -1,9 +1,6 @@
-"""Adadelta."""
-
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -44,9 +41,9 @@ class Adadelta(Rule):
         return {"v": x.new_zeros(x.shape), "s": x.new_zeros(x.shape)}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        v = torch.lerp(state["v"], square(g), h.one_minus("rho"))
+        v = lerp(state["v"], square(g), h.one_minus("rho"))
         d = root(state["s"] + h.eps) / root(v + h.eps) * g
-        return d, {"v": v, "s": torch.lerp(state["s"], square(d), h.one_minus("rho"))}
+        return d, {"v": v, "s": lerp(state["s"], square(d), h.one_minus("rho"))}
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return root(state["v"] + h.eps) / root(state["s"] + h.eps)

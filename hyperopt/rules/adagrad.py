@@ -1,9 +1,6 @@
-"""Adagrad."""
-
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, finfo
 
 from ..domains import Positive
 from ..rule import Rule, State, Values, hyper, root, square
@@ -46,7 +43,7 @@ class Adagrad(Rule):
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         # A sum of finite squares, unlike an average of them, may overflow.
-        new = {"v": (state["v"] + square(g)).clamp_max(torch.finfo(g.dtype).max)}
+        new = {"v": (state["v"] + square(g)).clamp_max(finfo(g.dtype).max)}
         d = g if self.lr_decay == 0 else g / (1 + (t - 1) * h.lr_decay)
         return d / self.metric(new, h, t), new
 

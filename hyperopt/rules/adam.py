@@ -1,10 +1,6 @@
-"""Adam and AdamW."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp, maximum
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, Variant, hyper, root, square
@@ -48,7 +44,7 @@ class Adam(Rule):
     decoupled: bool = False
     amsgrad: bool = False
     bias_correction: bool = True
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,11 +56,11 @@ class Adam(Rule):
         return {name: x.new_zeros(x.shape) for name in names}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        m, new = g, {"v": torch.lerp(state["v"], square(g), h.one_minus("beta2"))}
+        m, new = g, {"v": lerp(state["v"], square(g), h.one_minus("beta2"))}
         if self.amsgrad:
-            new["v_max"] = torch.maximum(state["v_max"], new["v"])
+            new["v_max"] = maximum(state["v_max"], new["v"])
         if self.beta1 != 0:
-            m = new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = new["m"] = lerp(state["m"], g, h.one_minus("beta1"))
         if self.bias_correction:
             # m̂ / (√v̂ + eps) with both corrections in one scalar, which saves a pass over the weights; `metric` scales eps to match.
             scale = h.one_minus_power("beta2", t).sqrt()

@@ -1,10 +1,6 @@
-"""Adamax."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, finfo, lerp, maximum
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper
@@ -41,7 +37,7 @@ class Adamax(Rule):
     beta2: float = hyper(0.999, UnitInterval())
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,12 +48,12 @@ class Adamax(Rule):
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["u"]}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        m, new = g, {"u": torch.maximum(h.beta2 * state["u"], g.abs() + h.eps)}
+        m, new = g, {"u": maximum(h.beta2 * state["u"], g.abs() + h.eps)}
         if self.beta1 != 0:
-            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            new["m"] = lerp(state["m"], g, h.one_minus("beta1"))
             m = new["m"] / h.one_minus_power("beta1", t)
         return m / self.metric(new, h, t), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         # u is 0 only where eps is 0 and no gradient has arrived yet; m is 0 there as well.
-        return state["u"].clamp_min(torch.finfo(state["u"].dtype).tiny)
+        return state["u"].clamp_min(finfo(state["u"].dtype).tiny)

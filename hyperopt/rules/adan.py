@@ -1,10 +1,6 @@
-"""Adan."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp, where
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -49,8 +45,8 @@ class Adan(Rule):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     bias_correction: bool = True
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
-    decoupled: ClassVar[bool] = True
+    first_moment = ("beta1", "beta2")
+    decoupled = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,20 +54,20 @@ class Adan(Rule):
             raise ValueError("Adan(beta = 1) divides by 1 - beta^t = 0: give betas below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
-        names = ["m"] * (self.beta1 != 0) + ["v"] * (self.beta2 != 0) + ["n"] + ["g"] * (self.beta2 != 0)
+        names = ["m"] * (self.beta1 != 0) + ["v", "g"] * (self.beta2 != 0) + ["n"]
         return {name: x.new_zeros(x.shape) for name in names}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         m, ahead, new = g, g, {}
         if self.beta1 != 0:
-            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            new["m"] = lerp(state["m"], g, h.one_minus("beta1"))
             m = new["m"] / h.one_minus_power("beta1", t) if self.bias_correction else new["m"]
         if self.beta2 != 0:
-            change = torch.where(t == 1, 0.0, g - state["g"])
+            change = where(t == 1, 0.0, g - state["g"])
             ahead = g + h.beta2 * change
-            new |= {"v": torch.lerp(state["v"], change, h.one_minus("beta2")), "g": g}
+            new |= {"v": lerp(state["v"], change, h.one_minus("beta2")), "g": g}
             m = m + (h.beta2 / h.one_minus_power("beta2", t) if self.bias_correction else h.beta2) * new["v"]
-        new["n"] = torch.lerp(state["n"], square(ahead), h.one_minus("beta3"))
+        new["n"] = lerp(state["n"], square(ahead), h.one_minus("beta3"))
         d = m / self.metric(new, h, t)
         return d * h.one_minus_power("beta3", t).sqrt() if self.bias_correction else d, new
 

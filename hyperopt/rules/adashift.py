@@ -1,11 +1,7 @@
-"""AdaShift."""
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp, where, zeros_like
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -43,7 +39,7 @@ class AdaShift(Rule):
     beta2: float = hyper(0.999, UnitInterval())
     eps: float = hyper(1e-10, Positive())
     n: int = 10
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,15 +53,15 @@ class AdaShift(Rule):
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         oldest, *rest = [*(state[f"g{i}"] for i in range(self.n)), g]
         new = {f"g{i}": one for i, one in enumerate(rest)}
-        new["v"] = torch.lerp(state["v"], square(oldest), h.one_minus("beta2"))
+        new["v"] = lerp(state["v"], square(oldest), h.one_minus("beta2"))
         m = g
         if self.beta1 != 0:
-            m, total = torch.zeros_like(g), torch.zeros_like(t)
+            m, total = zeros_like(g), zeros_like(t)
             for one in rest:
                 m, total = h.beta1 * m + one, h.beta1 * total + 1
             m = m / total
         # An infinite denominator makes the first n steps 0, and their derivatives too.
-        return m / torch.where(t > self.n, self.metric(new, h, t), math.inf), new
+        return m / where(t > self.n, self.metric(new, h, t), math.inf), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
         return root(state["v"] / h.one_minus_power("beta2", (t - self.n).clamp_min(1))) + h.eps

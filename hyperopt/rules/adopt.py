@@ -1,11 +1,7 @@
-"""ADOPT."""
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp, maximum, where
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -51,26 +47,26 @@ class ADOPT(Rule):
     clip_power: float = hyper(0.25, Positive())
     weight_decay: float = hyper(0.0, Positive())
     clipped: bool = True
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
-    decoupled: ClassVar[bool] = True
+    first_moment = ("beta1",)
+    decoupled = True
 
     def init(self, x: Tensor) -> State:
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"]}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         first, v, u = t == 1, state["v"], square(g)
-        new = {"v": torch.where(first, u, torch.lerp(v, u, h.one_minus("beta2")))}
+        new = {"v": where(first, u, lerp(v, u, h.one_minus("beta2")))}
         # An infinite denominator makes n 0 at the first call, and its derivatives too.
-        d = g / torch.where(first, math.inf, torch.maximum(root(v), h.eps))
+        d = g / where(first, math.inf, maximum(root(v), h.eps))
         if self.clipped:
             c = h.clip * (t - 1).clamp_min(1).pow(h.clip_power)
             d = d.clamp(-c, c)
         if self.beta1 != 0:
-            d = new["m"] = torch.lerp(state["m"], d, h.one_minus("beta1"))
+            d = new["m"] = lerp(state["m"], d, h.one_minus("beta1"))
         return d, new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:
-        return torch.maximum(root(state["v"]), h.eps)
+        return maximum(root(state["v"]), h.eps)
 
     def _decay(self, h: Values, t: Tensor) -> Tensor:
-        return torch.where(t == 1, 0.0, h.weight_decay)  # the first call sets v and leaves x as it is
+        return where(t == 1, 0.0, h.weight_decay)  # the first call sets v and leaves x as it is

@@ -1,10 +1,9 @@
 """An exponential average of the weights, kept beside any rule."""
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
 from ..domains import UnitInterval
 from ..rule import Rule, State, Values, hyper, overrides
@@ -46,15 +45,15 @@ def _averaged(base: Any) -> type[Rule]:
     if isinstance(plain, Rule) and plain.average:
         raise TypeError(f"Averaged takes a rule that does not average by itself, got {type(plain).__name__}")
     inherited = ("elementwise", "trust", "horizon", "first_moment", "moved", "decoupled")
-    made = compose(_Averaged, _averaged, base, also=[("decay", hyper(0.98, UnitInterval()))], inherited=inherited)
+    made = compose(_Averaged, _averaged, base, also=("decay", hyper(0.98, UnitInterval())), inherited=inherited)
     if isinstance(plain, Rule) and overrides(plain, "update"):
         setattr(made, "update", _update)  # noqa: B010 - `update` is not a field
     return made
 
 
 class _Averaged(Composed):
-    average: ClassVar[str] = "average"
-    own: ClassVar[tuple[str, ...]] = ("average",)
+    average = "average"
+    own = ("average",)
     if TYPE_CHECKING:
         decay: float
 
@@ -67,13 +66,12 @@ class _Averaged(Composed):
         return {**self.inner.init(x), "average": x.clone()}
 
     def after(self, place: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        x, after = self.inner.after(place, state, h, t)
-        share = h.one_minus("decay") / h.one_minus_power("decay", t)
-        return x, {**after, "average": torch.lerp(state["average"], x, share)}
+        return self._averaging(*self.inner.after(place, state, h, t), state["average"], h, t)
+
+    def _averaging(self, x: Tensor, own: State, average: Tensor, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        return x, {**own, "average": lerp(average, x, h.one_minus("decay") / h.one_minus_power("decay", t))}
 
 
 def _update(self: _Averaged, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
     """The step over a rule that defines `update` and not `direction`."""
-    x, own = self.inner.update(x, g, {key: value for key, value in state.items() if key not in self.own}, h, t)
-    share = h.one_minus("decay") / h.one_minus_power("decay", t)
-    return x, {**own, "average": torch.lerp(state["average"], x, share)}
+    return self._averaging(*self.inner.update(x, g, self._inner_state(state), h, t), state["average"], h, t)

@@ -15,7 +15,7 @@ def compose(
     made_by: Callable[[Any], type[Rule]],
     base: Any,
     *,
-    also: Collection[tuple[str, Any]],
+    also: tuple[str, Any],
     without: Collection[str] = (),
     off: Collection[str] = (),
     inherited: Collection[str] = ("elementwise",),
@@ -26,7 +26,7 @@ def compose(
         kind: the parent of the new class.
         made_by: the function that returns this class for `base`; unpickling calls it.
         base: a rule's class, or a variant of one.
-        also: name and declaration of each hyperparameter that `kind` adds.
+        also: name and declaration of the hyperparameter that `kind` adds.
         without: the fields of `base` that the new class does not have.
         off: the hyperparameters of `base` that are held at 0.
         inherited: the class attributes that are taken from `base`.
@@ -34,22 +34,17 @@ def compose(
     Raises:
         TypeError: `base` is not a rule's class.
     """
-    plain = base() if callable(base) else None
+    plain, word = base() if callable(base) else None, kind.__name__.strip("_")
     if not isinstance(plain, Rule):
-        word = kind.__name__.strip("_")
         raise TypeError(f"{word} takes a rule, such as Adam or SGD, by its class, got {base!r}: values go behind it, {word}(Adam)(lr=0.01)")
-    names = [f.name for f in dataclasses.fields(plain)]
-    fields: list[Any] = [
-        (f.name, f.type, dataclasses.field(default=getattr(plain, f.name), metadata=f.metadata))
-        for f in dataclasses.fields(plain)
-        if f.name not in without
-    ]
-    fields += [(name, float, field) for name, field in also]
-    name = f"{kind.__name__.strip('_')}({getattr(base, '__name__', type(plain).__name__)})"
+    kept = [f for f in dataclasses.fields(plain) if f.name not in without]
+    fields: list[Any] = [(f.name, f.type, dataclasses.field(default=getattr(plain, f.name), metadata=f.metadata)) for f in kept]
     namespace = {"base": base, "made_by": staticmethod(made_by), "off": tuple(off), "__module__": kind.__module__}
     # An option of `base` is a field already, with the same name and default.
-    namespace |= {name: getattr(plain, name) for name in inherited if hasattr(plain, name) and name not in names}
-    return dataclasses.make_dataclass(name, fields, bases=(kind,), frozen=True, namespace=namespace)
+    taken = set(inherited) - {f.name for f in dataclasses.fields(plain)}
+    namespace |= {name: getattr(plain, name) for name in taken if hasattr(plain, name)}
+    name = f"{word}({getattr(base, '__name__', type(plain).__name__)})"
+    return dataclasses.make_dataclass(name, [*fields, (also[0], float, also[1])], bases=(kind,), frozen=True, namespace=namespace)
 
 
 class Composed(Rule):
@@ -72,11 +67,13 @@ class Composed(Rule):
         return dataclasses.replace(plain, **{name: getattr(self, name) for name in names - {*self.off}}, **dict.fromkeys(self.off, 0.0))
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        inner = {key: value for key, value in state.items() if key not in self.own}
-        return self.inner.direction(g, inner, self._seen(h), t)
+        return self.inner.direction(g, self._inner_state(state), self._seen(h), t)
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         return self.inner.metric(state, self._seen(h), t)
+
+    def _inner_state(self, state: State) -> State:
+        return {key: value for key, value in state.items() if key not in self.own}
 
     def _decay(self, h: Values, t: Tensor) -> Tensor:
         return self.inner._decay(h, t)
@@ -103,8 +100,7 @@ class Zeroed(Values):
     """
 
     def __init__(self, h: Values, names: Collection[str]) -> None:
-        self._h = h
-        self._names = names
+        self._h, self._names = h, names
 
     def __getattr__(self, name: str) -> Tensor:
         return self._h.lr.new_zeros(()) if name in self._names else getattr(self._h, name)

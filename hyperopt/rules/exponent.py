@@ -1,10 +1,6 @@
-"""The exponent family, and Padam."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp, maximum
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, Variant, hyper, power
@@ -54,7 +50,7 @@ class Exponent(Rule):
     running_max: bool = False
     decoupled: bool = False
     bias_correction: bool = True
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,12 +63,12 @@ class Exponent(Rule):
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"] + ["v_max"] * self.running_max}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        m, new = g, {"v": torch.lerp(state["v"], power(g.abs(), h.eta), h.one_minus("beta2"))}
+        m, new = g, {"v": lerp(state["v"], power(g.abs(), h.eta), h.one_minus("beta2"))}
         if self.beta1 != 0:
-            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            new["m"] = lerp(state["m"], g, h.one_minus("beta1"))
             m = new["m"] / h.one_minus_power("beta1", t) if self.bias_correction else new["m"]
         if self.running_max:
-            new["v_max"] = torch.maximum(state["v_max"], self._corrected(new["v"], h, t))
+            new["v_max"] = maximum(state["v_max"], self._corrected(new["v"], h, t))
         return m / self.metric(new, h, t), new
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor:

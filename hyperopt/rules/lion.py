@@ -1,10 +1,6 @@
-"""Lion."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, square
@@ -43,8 +39,8 @@ class Lion(Rule):
     beta2: float = hyper(0.99, UnitInterval())
     eps: float = hyper(0.0, Positive())
     weight_decay: float = hyper(0.0, Positive())
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
-    decoupled: ClassVar[bool] = True
+    first_moment = ("beta1", "beta2")
+    decoupled = True
 
     def init(self, x: Tensor) -> State:
         return {"m": x.new_zeros(x.shape)} if self.beta1 != 0 else {}
@@ -52,6 +48,6 @@ class Lion(Rule):
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         c, new = g, {}
         if self.beta1 != 0:
-            c = torch.lerp(state["m"], g, h.one_minus("beta1"))
-            new["m"] = torch.lerp(state["m"], g, h.one_minus("beta2"))
+            c = lerp(state["m"], g, h.one_minus("beta1"))
+            new["m"] = lerp(state["m"], g, h.one_minus("beta2"))
         return c.sign() if self.eps == 0 else c / (square(c) + h.eps**2).sqrt(), new

@@ -1,10 +1,6 @@
-"""NAdam."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -46,7 +42,7 @@ class NAdam(Rule):
     weight_decay: float = hyper(0.0, Positive())
     momentum_decay: float = hyper(4e-3, Positive())
     decoupled: bool = False
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,15 +50,14 @@ class NAdam(Rule):
             raise ValueError("NAdam(beta1 or beta2 = 1) never moves or divides by 1 - beta2^t = 0: give a beta below 1")
 
     def init(self, x: Tensor) -> State:
-        moment = {"m": x.new_zeros(x.shape)} if self.beta1 != 0 else {}
         # p has no closed form while beta1 changes; where beta1 has a value for each coordinate, p has one too.
-        product = {"p": x.new_ones(x.shape)} if self.beta1 != 0 else {}
-        return {**moment, "v": x.new_zeros(x.shape), **product}
+        moment = {"m": x.new_zeros(x.shape), "p": x.new_ones(x.shape)} if self.beta1 != 0 else {}
+        return {**moment, "v": x.new_zeros(x.shape)}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        m_hat, new = g, {"v": torch.lerp(state["v"], square(g), h.one_minus("beta2"))}
+        m_hat, new = g, {"v": lerp(state["v"], square(g), h.one_minus("beta2"))}
         if self.beta1 != 0:
-            m = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = lerp(state["m"], g, h.one_minus("beta1"))
             mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (s * h.momentum_decay)) for s in (t, t + 1))
             p = state["p"] * mu
             m_hat = mu_next / (1 - p * mu_next) * m + (1 - mu) / (1 - p) * g

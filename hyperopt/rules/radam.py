@@ -1,10 +1,6 @@
-"""RAdam."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, expm1, lerp, log1p, where
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -46,7 +42,7 @@ class RAdam(Rule):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     decoupled: bool = False
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,11 +53,11 @@ class RAdam(Rule):
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"]}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        m, new = g, {"v": torch.lerp(state["v"], square(g), h.one_minus("beta2"))}
+        m, new = g, {"v": lerp(state["v"], square(g), h.one_minus("beta2"))}
         rectified, r = self._rectification(h, t)
-        scale = torch.where(rectified, r.to(g) * h.one_minus_power("beta2", t).sqrt(), 1.0)
+        scale = where(rectified, r.to(g) * h.one_minus_power("beta2", t).sqrt(), 1.0)
         if self.beta1 != 0:
-            m = new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = new["m"] = lerp(state["m"], g, h.one_minus("beta1"))
             scale = scale / h.one_minus_power("beta1", t)
         return scale * m / self._denominator(rectified, new, h), new
 
@@ -69,14 +65,14 @@ class RAdam(Rule):
         return self._denominator(self._rectification(h, t)[0], state, h)
 
     def _denominator(self, rectified: Tensor, state: State, h: Values) -> Tensor:
-        return torch.where(rectified, root(state["v"]) + h.eps, 1.0)
+        return where(rectified, root(state["v"]) + h.eps, 1.0)
 
     def _rectification(self, h: Values, t: Tensor) -> tuple[Tensor, Tensor]:
         # Near 5, ρ is the difference of two numbers near 2000 (beta2 = 0.999): float32 would keep three digits of it.
         rest, t = h.one_minus("beta2").double(), t.double()
-        log_power = t * torch.log1p(-rest)
+        log_power = t * log1p(-rest)
         limit = 2 / rest - 1
-        rho = limit + 2 * t * log_power.exp() / torch.expm1(log_power)
+        rho = limit + 2 * t * log_power.exp() / expm1(log_power)
         rectified = rho > 5
-        rho, limit = torch.where(rectified, rho, 5.0), torch.where(rectified, limit, 5.0)
+        rho, limit = where(rectified, rho, 5.0), where(rectified, limit, 5.0)
         return rectified, ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt()

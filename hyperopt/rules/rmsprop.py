@@ -1,10 +1,6 @@
-"""RMSprop."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -44,16 +40,16 @@ class RMSprop(Rule):
     weight_decay: float = hyper(0.0, Positive())
     momentum: float = hyper(0.0, UnitInterval())
     centered: bool = False
-    first_moment: ClassVar[tuple[str, ...]] = ("momentum",)
+    first_moment = ("momentum",)
 
     def init(self, x: Tensor) -> State:
         names = ["v"] + ["m"] * self.centered + ["b"] * (self.momentum != 0)
         return {name: x.new_zeros(x.shape) for name in names}
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        new = {"v": torch.lerp(state["v"], square(g), h.one_minus("alpha"))}
+        new = {"v": lerp(state["v"], square(g), h.one_minus("alpha"))}
         if self.centered:
-            new["m"] = torch.lerp(state["m"], g, h.one_minus("alpha"))
+            new["m"] = lerp(state["m"], g, h.one_minus("alpha"))
         d = g / self.metric(new, h, t)
         if self.momentum != 0:
             d = new["b"] = h.momentum * state["b"] + d

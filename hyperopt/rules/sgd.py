@@ -1,10 +1,6 @@
-"""Stochastic gradient descent with momentum."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, where
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper
@@ -40,7 +36,7 @@ class SGD(Rule):
     dampening: float = hyper(0.0, UnitInterval())
     weight_decay: float = hyper(0.0, Positive())
     nesterov: bool = False
-    first_moment: ClassVar[tuple[str, ...]] = ("momentum", "dampening")
+    first_moment = ("momentum", "dampening")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +51,6 @@ class SGD(Rule):
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         if self.momentum == 0:
             return g, {}
-        fresh = g if self.dampening == 0 else torch.where(t == 1, 1.0, h.one_minus("dampening")) * g
+        fresh = g if self.dampening == 0 else where(t == 1, 1.0, h.one_minus("dampening")) * g
         b = h.momentum * state["b"] + fresh
         return g + h.momentum * b if self.nesterov else b, {"b": b}

@@ -1,10 +1,6 @@
-"""Unified: a rule in which the choice of the optimizer is a hyperparameter."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp, maximum, ones_like, where
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, power
@@ -76,7 +72,7 @@ class Unified(Rule):
     correction: float = hyper(1.0, UnitInterval())
     weight_decay: float = hyper(0.0, Positive())
     decoupled: bool = False
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1", "nesterov")
+    first_moment = ("beta1", "nesterov")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,17 +86,17 @@ class Unified(Rule):
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         first, u, d = t == 1, power(g.abs(), h.eta), g
-        v = torch.lerp(state["v"], u, h.one_minus("beta2"))
+        v = lerp(state["v"], u, h.one_minus("beta2"))
         if self.adopt != 0:
-            v = torch.where(first, torch.lerp(v, u, h.adopt), v)
-            before = torch.where(first, u, self._blend(state, h))
-            n = g / power(torch.maximum(*self._terms(before, h, t - 1)), h.adopt)
-            d = torch.where(first, h.one_minus("adopt") * n, n)
+            v = where(first, lerp(v, u, h.adopt), v)
+            before = where(first, u, self._blend(state, h))
+            n = g / power(maximum(*self._terms(before, h, t - 1)), h.adopt)
+            d = where(first, h.one_minus("adopt") * n, n)
         new = {"v": v}
         if self.amsgrad != 0:
-            new["v_max"] = torch.maximum(state["v_max"], v)
+            new["v_max"] = maximum(state["v_max"], v)
         if self.beta1 != 0:
-            m = new["m"] = torch.lerp(state["m"], d, h.one_minus("beta1"))
+            m = new["m"] = lerp(state["m"], d, h.one_minus("beta1"))
             d = m if self.nesterov == 0 else m + h.nesterov * h.one_minus("beta1") * (d - m)
             d = d if self.correction == 0 else d / h.one_minus_power("beta1", t).pow(h.correction)
         metric = self.metric(new, h, t)
@@ -111,13 +107,13 @@ class Unified(Rule):
         return scale + damping
 
     def _blend(self, state: State, h: Values) -> Tensor:
-        return state["v"] if self.amsgrad == 0 else torch.lerp(state["v"], state["v_max"], h.amsgrad)
+        return state["v"] if self.amsgrad == 0 else lerp(state["v"], state["v_max"], h.amsgrad)
 
     def _terms(self, s: Tensor, h: Values, t: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of D after t steps; at t = 0, s is |g|^eta itself and has no bias."""
         if self.correction != 0:
             bias2 = h.one_minus_power("beta2", t)
             if self.adopt != 0:
-                bias2 = torch.where(t == 0, 1.0, torch.lerp(bias2, torch.ones_like(bias2), h.adopt))
+                bias2 = where(t == 0, 1.0, lerp(bias2, ones_like(bias2), h.adopt))
             s = s / bias2.pow(h.correction)
         return h.one_minus("damping") * power(s, 1 / h.eta), h.damping

@@ -1,10 +1,6 @@
-"""Yogi."""
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -41,7 +37,7 @@ class Yogi(Rule):
     eps: float = hyper(1e-3, Positive())
     v0: float = 0.0
     bias_correction: bool = False
-    first_moment: ClassVar[tuple[str, ...]] = ("beta1",)
+    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +54,7 @@ class Yogi(Rule):
         u, m = square(g), g
         new = {"v": state["v"] - h.one_minus("beta2") * (state["v"] - u).sign() * u}
         if self.beta1 != 0:
-            m = new["m"] = torch.lerp(state["m"], g, h.one_minus("beta1"))
+            m = new["m"] = lerp(state["m"], g, h.one_minus("beta1"))
         if self.bias_correction:
             scale = h.one_minus_power("beta2", t).sqrt()
             m = (scale if self.beta1 == 0 else scale / h.one_minus_power("beta1", t)) * m
