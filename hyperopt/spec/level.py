@@ -1,6 +1,8 @@
 """`Level`: one level of a tower and the levels above it, as plain values."""
 
+import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from typing_extensions import Self
 from ..domains import Domain
 from ..feasible import Feasible
 from ..rule import Rule
-from .arguments import as_rule, check_project, named
+from .arguments import PER, STRATEGIES, as_rule, named
 
 # Largest change of a raw hyperparameter per step above level 0. Where level 1 learns its own lr too, 0.1 does better: on MNIST validation
 # data Adam / Adam / Adam ends at 2.9 % with 0.1 and at 4.3 % with 0.5, which lets the lr of level 0 jump. At height 1 they are equal.
@@ -18,37 +20,20 @@ TRUST_ABOVE = 0.5
 
 
 class Level:
-    """One level of a tower together with all levels above it; immutable.
+    """One level of a tower together with all levels above it; immutable. The optimizer reads levels; users build them with `Hyper`."""
 
-    The optimizer reads levels and never builds one; users build them with `Hyper`.
-
-    Attributes:
-        rule: the update rule with its values.
-        given: names of the hyperparameters whose values the user gave; the others have other defaults above level 0.
-        learn: what the level above learns: names, "all", or None for lr alone.
-        horizon: number of past steps over which hypergradients are accumulated.
-        trust: largest change per step, None for no limit, or "default".
-        domains: the spaces in which hyperparameters are learned, where they are not the rule's own.
-        per: "group", "tensor" or "coordinate": what has a learned value of its own.
-        strategy: "tangents" or "graph".
-        project: the feasible set of the weights, or None.
-        maximize: whether level 0 ascends.
-        source: the live optimizer that level 0 was made from, or None.
-        above: the levels above, each by the names of the hyperparameters that it learns.
-    """
-
-    rule: Rule
-    given: frozenset[str]
-    learn: tuple[str, ...] | str | None
-    horizon: float
-    trust: float | str | None
-    domains: dict[str, Domain]
-    per: str
-    strategy: str
-    project: Feasible | None
-    maximize: bool
-    source: Optimizer | None
-    above: dict[tuple[str, ...], Self]
+    rule: Rule  # with its values
+    given: frozenset[str]  # the hyperparameters whose values the user gave; the others have other defaults above level 0
+    learn: tuple[str, ...] | str | None  # what the level above learns: names, "all", or None for lr alone
+    horizon: float  # the number of past steps over which hypergradients are accumulated
+    trust: float | str | None  # the largest change per step, None for no limit, or "default"
+    domains: dict[str, Domain]  # the spaces in which hyperparameters are learned, where they are not the rule's own
+    per: str  # one of PER: what has a learned value of its own
+    strategy: str  # one of STRATEGIES
+    project: Feasible | None  # the feasible set of the weights
+    maximize: bool  # whether level 0 ascends
+    source: Optimizer | None  # the live optimizer that level 0 was made from
+    above: dict[tuple[str, ...], Self]  # the levels above, each by the names of the hyperparameters that it learns
 
     @property
     def height(self) -> int:
@@ -153,8 +138,34 @@ class Level:
         Raises:
             TypeError: `project` is not a set.
         """
-        check_project(project)
-        return self._but(project=project)
+        new = self._but(project=project)
+        new.check()
+        return new
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless the options, which `Hyper` explains, are in bounds and fit together."""
+        declared = self.rule.declared()
+        for name, domain in self.domains.items():
+            if name not in declared:
+                raise ValueError(f"domains names {name!r}, which {type(self.rule).__name__} does not have: it has {', '.join(declared)}")
+            if not isinstance(domain, Domain):
+                raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
+        if type(self.horizon) not in (int, float) or not self.horizon >= 1:
+            raise ValueError(
+                f"horizon = {self.horizon!r} is outside [1, inf]: give a number of steps, 1 for the paper's method, or math.inf"
+            )
+        trust: Any = 1 if self.trust in (None, "default") else self.trust
+        if type(trust) not in (int, float) or not 0 < trust < math.inf:
+            raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
+        if not isinstance(self.maximize, bool):
+            raise TypeError(f"maximize must be True or False, got {self.maximize!r}")
+        if not isinstance(self.project, Feasible | None):
+            raise TypeError(f"project = {self.project!r} must be a set of weights such as Box(-1, 1) or Ball(10), or None")
+        for name, value, known in (("per", self.per, PER), ("strategy", self.strategy, STRATEGIES)):
+            if value not in known:
+                raise ValueError(f"{name} = {value!r} is none of {', '.join(known)}")
+        if self.strategy == "graph" and self.horizon != 1:
+            raise ValueError(f"strategy='graph' keeps one update, got horizon = {self.horizon!r}: give horizon=1, or strategy='tangents'")
 
     def check_learned(self, names: tuple[str, ...]) -> None:
         """Raise ValueError unless each of `names` can be learned, starting from its value."""
@@ -176,15 +187,9 @@ class Level:
             raise ValueError(f"learn={names} of {rule} names a hyperparameter twice: name each once")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(
-            f"a tower is immutable and its {name} cannot be set: Hyper(…).replace({name}=…), or a new Hyper, makes another one"
-        )
-
-    def _set(self, **attributes: Any) -> None:
-        for name, value in attributes.items():
-            object.__setattr__(self, name, value)
+        raise AttributeError(f"a tower is immutable, its {name} cannot be set: Hyper(…).replace({name}=…), or a new Hyper, makes another")
 
     def _but(self, **changes: Any) -> Self:
-        new = object.__new__(type(self))
-        new._set(**{**self.__dict__, **changes})
+        new = copy.copy(self)
+        vars(new).update(changes)  # past __setattr__
         return new

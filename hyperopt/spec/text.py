@@ -21,6 +21,7 @@ Chain = list["tuple[Any, dict[str, Any]] | dict[str, Chain]"]
 COMPOSITIONS = ("ScheduleFree", "Averaged")
 # Characters of a text: a tree of 1,000 levels takes 10,000. Python's documentation warns that a text large enough may crash ast.parse.
 LONGEST = 100_000
+DEFAULTS = {"trust": "default", "domains": {}, "per": "group", "strategy": "tangents", "project": None, "maximize": False}
 SHOWN = 200  # characters of a text that an error message quotes
 
 
@@ -53,12 +54,11 @@ def read_set(source: str) -> Feasible:
     """
     try:
         value = _value(_parsed(source), source)
+        if not isinstance(value, Feasible):
+            raise TypeError(f"it is a {type(value).__name__}")
     except Exception as error:
-        raise ValueError(
-            f"project = {_short(source)!r} is not a set of weights: {_reason(error)}; give Box(lo, hi) or Ball(radius)"
-        ) from error
-    if not isinstance(value, Feasible):
-        raise ValueError(f"project = {_short(source)!r} is not a set of weights: give Box(lo, hi) or Ball(radius)")
+        text = f"project = {_short(source)!r} is not a set of weights: {_reason(error)}; give Box(lo, hi) or Ball(radius)"
+        raise ValueError(text) from error
     return value
 
 
@@ -81,17 +81,10 @@ def show(level: Level, at: int = 0) -> str:
 
 def _show_one(level: Level, at: int) -> str:
     rule, declared = level.rule_at(at), level.rule.declared()
-    words = [(f.name, getattr(rule, f.name), declared[f.name].above if at and f.name in declared else f.default) for f in _fields(rule)]
-    words += [
-        ("learn", level.learn, level.learn if level.is_tree() else None),  # the branches of a tree say what is learned
-        ("horizon", level.horizon, level.rule.horizon),
-        ("trust", level.trust, "default"),
-        ("domains", level.domains, {}),
-        ("per", level.per, "group"),
-        ("strategy", level.strategy, "tangents"),
-        ("project", level.project, None),
-        ("maximize", level.maximize, False),
-    ]
+    defaults = {f.name: declared[f.name].above if at and f.name in declared else f.default for f in dataclasses.fields(rule)}
+    words = [(name, getattr(rule, name), default) for name, default in defaults.items()]
+    words.append(("learn", level.learn, level.learn if level.is_tree() else None))  # the branches of a tree say what is learned
+    words += [(name, getattr(level, name), default) for name, default in {"horizon": rule.horizon, **DEFAULTS}.items()]
     shown = ", ".join(f"{name}={_word(value)}" for name, value, default in words if value != default)
     return type(rule).__name__ + (f"({shown})" if shown else "")
 
@@ -102,21 +95,16 @@ def _word(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_word, value)) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, Domain | Feasible):
-        given = [getattr(value, f.name) for f in _fields(value)]
-        while given and given[-1] == _fields(value)[len(given) - 1].default:
+        given = [(getattr(value, f.name), f.default) for f in dataclasses.fields(value)]
+        while given and given[-1][0] == given[-1][1]:
             given.pop()
-        name = type(value).__name__
-        return f"{name}({', '.join(map(_word, given))})" if given else name
+        return type(value).__name__ + (f"({', '.join(_word(item) for item, _ in given)})" if given else "")
     return value if isinstance(value, str) and _is_bare(value) else repr(value)
 
 
 def _is_bare(value: str) -> bool:
     """Whether a string is read as itself without quotation marks."""
     return value.isidentifier() and value.isascii() and not (keyword.iskeyword(value) or value == "inf" or _domain_or_set(value))
-
-
-def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(value)
 
 
 # ---- reading
@@ -176,10 +164,7 @@ def _rule(node: ast.expr, source: str) -> Any:
     """A rule by its name, or a composition of rules such as ScheduleFree(Adam)."""
     if isinstance(node, ast.Call) and _composes(node):
         if len(node.args) != 1 or node.keywords:
-            raise ValueError(
-                f"{_code(node)} in {_short(source)!r}: it takes one rule, and values go behind it in a second pair of brackets, "
-                "as in ScheduleFree(Adam)(lr=0.01)"
-            )
+            raise ValueError(f"{_code(node)} in {_short(source)!r}: it takes one rule, values go behind it, ScheduleFree(Adam)(lr=0.01)")
         return getattr(rules, _name(node.func, source))(_rule(node.args[0], source))
     name = _name(node, source)
     if name in rules.__all__ and name not in COMPOSITIONS:

@@ -11,7 +11,7 @@ from ..feasible import Feasible
 from ..optimizer import HyperOptimizer
 from ..rules.black_box import BlackBox
 from . import text
-from .arguments import as_rule, check_options, domains_of, named, names_of, plain
+from .arguments import as_rule, domains_of, named, names_of, plain
 from .level import Level
 
 
@@ -72,17 +72,10 @@ class Hyper(Level):
             rule, maximize = adopt.rule_of(source), maximize or bool(source.param_groups[0].get("maximize"))
         values = named(hyperparameters)
         made = as_rule(rule, values)
-        options = {
-            "horizon": plain(made.horizon if horizon == "default" else horizon),
-            "trust": plain(trust),
-            "domains": domains_of(domains),
-            "per": per,
-            "strategy": strategy,
-            "project": project,
-            "maximize": maximize,
-        }
-        check_options(made, **options)
-        self._set(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={}, **options)
+        vars(self).update(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={})
+        vars(self).update(horizon=plain(made.horizon if horizon == "default" else horizon), trust=plain(trust))
+        vars(self).update(domains=domains_of(domains), per=per, strategy=strategy, project=project, maximize=maximize)
+        self.check()
         if isinstance(self.learn, tuple) and self.learn:
             self.check_learned(self.learn)
 
@@ -110,20 +103,19 @@ class Hyper(Level):
         if not self.rule.declared():
             raise ValueError(f"nothing can be stacked on {type(self.rule).__name__}: it has no hyperparameters to learn")
         if rule is None:
-            branches = {name: _upper(node, (name,)) for name, node in keywords.items()}
-            if self.learn is not None and self.learn != "all" and set(self.learn) != set(branches):
-                raise ValueError(f"learn={self.learn} does not match the branches {tuple(branches)}: leave learn out, they imply it")
-            below = self._but(learn=tuple(branches))
-            below.check_learned(below.learned)
-            return below._but(above={(name,): node for name, node in branches.items()})
-        if isinstance(rule, Hyper) and keywords:
-            raise TypeError(f"{', '.join(keywords)} was given beside a finished level: write it there, as in .stack(Hyper(SGD, lr=0.1))")
-        node = rule if isinstance(rule, Hyper) else Hyper(rule, **keywords)
-        steps = node.mappings()
-        below = self._but(learn=tuple(steps[0])) if steps and self.learn is None else self
-        names = below.learned
-        below.check_learned(names)
-        return below._but(above={names: _upper(node, names)})
+            if self.learn not in (None, "all") and set(self.learn) != set(keywords):
+                raise ValueError(f"learn={self.learn} does not match the branches {tuple(keywords)}: leave learn out, they imply it")
+            below, nodes = self._but(learn=tuple(keywords)), {(name,): node for name, node in keywords.items()}
+        else:
+            if isinstance(rule, Hyper) and keywords:
+                raise TypeError(
+                    f"{', '.join(keywords)} was given beside a finished level: write it there, as in .stack(Hyper(SGD, lr=0.1))"
+                )
+            node = rule if isinstance(rule, Hyper) else Hyper(rule, **keywords)
+            below = self._but(learn=tuple(steps[0])) if self.learn is None and (steps := node.mappings()) else self
+            nodes = {below.learned: node}
+        below.check_learned(below.learned)
+        return below._but(above={names: _upper(node, names) for names, node in nodes.items()})
 
     def bind(self, params: Any = None, *, compile: bool = False, hyper_every: int = 1) -> HyperOptimizer:
         """Make the optimizer of this tower, a `torch.optim.Optimizer` over `params`.
