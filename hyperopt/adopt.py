@@ -24,8 +24,6 @@ class Counterpart:
     included: Mapping[str, str] = field(default_factory=dict)  # torch's state -> a hyperparameter that it includes and the rule's does not
 
 
-# Entries of a group that can be taken over with one value only: a step of this library is never part of an autograd graph.
-ONLY = {"differentiable": False}
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
 ADAM = {**MOMENTS, "max_exp_avg_sq": "v_max"}
 DECOUPLED = {"decoupled_weight_decay": "decoupled"}
@@ -43,24 +41,17 @@ COUNTERPARTS: dict[type[Optimizer], Counterpart] = {
 
 
 def rule_of(optimizer: Optimizer) -> Rule:
-    """The rule of this library that is equivalent to `optimizer`, with the values of its first group; a black box if there is none.
-
-    Raises:
-        ValueError: groups that differ in an option that a tower has only once, or an optimizer that cannot be driven.
-    """
-    first = optimizer.param_groups[0]
+    """The rule of this library that is equivalent to `optimizer`, with the values of its first group; a black box if there is none."""
+    first, name = optimizer.param_groups[0], type(optimizer).__name__
     if type(optimizer) not in COUNTERPARTS:
         return _black_box(optimizer)
     counterpart = COUNTERPARTS[type(optimizer)]
     for group in optimizer.param_groups:
-        for name, value in ONLY.items():
-            if group.get(name, value) != value:
-                raise ValueError(
-                    f"{type(optimizer).__name__}({name}={group[name]!r}) has no rule here: only {name}={value!r} can be taken over"
-                )
-        for name in (*counterpart.options, "maximize"):
-            if group.get(name) != first.get(name):
-                raise ValueError(f"the groups differ in {name}, which is one option of the whole tower: give each its own optimizer")
+        if group.get("differentiable"):  # a step of this library is never part of an autograd graph
+            raise ValueError(f"{name}(differentiable=True) has no rule here: only differentiable=False can be taken over")
+        for option in (*counterpart.options, "maximize"):
+            if group.get(option) != first.get(option):
+                raise ValueError(f"the groups differ in {option}, which is one option of the whole tower: give each its own optimizer")
     options = {ours: first[theirs] for theirs, ours in counterpart.options.items() if theirs in first}
     return counterpart.rule(**_values(counterpart.rule(), first), **options)
 
@@ -69,55 +60,42 @@ def groups_of(optimizer: Optimizer, rule: Rule) -> list[dict[str, Any]]:
     """The parameter groups of `optimizer`, with their values for the hyperparameters of `rule`."""
     groups = []
     for group in optimizer.param_groups:
-        params = group["params"]
-        if "param_names" in group:
-            params = list(zip(group["param_names"], params, strict=True))
+        params = list(zip(group["param_names"], group["params"], strict=True)) if "param_names" in group else group["params"]
         groups.append({"params": params, **_values(rule, group)})
     return groups
 
 
 def state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
     """A copy of the state of `optimizer`, by parameter, under the names that its rule uses."""
-    counterpart = COUNTERPARTS.get(type(optimizer))
+    counterpart, out = COUNTERPARTS.get(type(optimizer)), {}
     if counterpart is None:
         return {}
-    out: dict[Tensor, dict[str, Tensor]] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            found = {}
-            for theirs, ours in counterpart.state.items():
-                if state.get(theirs) is None:
-                    continue
-                value = state[theirs].detach().to(p.device, dtype, copy=True)
-                if theirs in counterpart.included:
-                    value -= group[counterpart.included[theirs]]
+    owners = {p: group for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)}
+    for p, owner in owners.items():
+        state, found = optimizer.state[p], {}
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        for theirs, ours in counterpart.state.items():
+            if state.get(theirs) is not None:
+                value = state[theirs].detach().to(p.device, dtype) - owner.get(counterpart.included.get(theirs, ""), 0)
                 # State that torch has once per tensor, such as NAdam's product, is per coordinate in this library.
-                found[ours] = value if value.shape == p.shape else value.expand_as(p).clone()
-            if state:
-                # torch.optim.SGD does not count its steps, and its rule only asks whether there was one.
-                steps = float(state.get("step", 1.0 if found else 0.0))
-                out[p] = {"t": torch.as_tensor(steps, dtype=dtype, device=p.device), **found}
+                found[ours] = value.expand_as(p).clone()
+        # torch.optim.SGD does not count its steps, and its rule only asks whether there was one.
+        steps = float(state.get("step", 1.0 if found else 0.0))
+        out[p] = {"t": torch.as_tensor(steps, dtype=dtype, device=p.device), **found}
     return out
 
 
 def _black_box(optimizer: Optimizer) -> BlackBox:
     name = type(optimizer).__name__
     if hasattr(optimizer, "hyperparameters"):
-        raise ValueError(
-            f"{name} is a bound tower already: stack levels on the tower before it is bound, Hyper(Adam).stack(Adam).stack(SGD)"
-        )
+        raise ValueError(f"{name} is a bound tower already: stack levels on the tower before bind(), Hyper(Adam).stack(Adam).stack(SGD)")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{name}.step needs a closure to evaluate the model itself and cannot be driven: give an optimizer that needs none"
-        )
+        raise ValueError(f"{name}.step needs a closure to evaluate the model and cannot be driven: give an optimizer that needs none")
     for group in optimizer.param_groups:
-        if not isinstance(group.get("lr"), (float, int, Tensor)) or not float(group["lr"]) > 0:
-            raise ValueError(
-                f"{name} has a group with lr = {group.get('lr')!r}: only an lr above 0 can be learned, set one in its param_groups"
-            )
+        lr = group.get("lr")
+        if not isinstance(lr, (float, int, Tensor)) or not float(lr) > 0:
+            raise ValueError(f"{name} has a group with lr = {lr!r}: only an lr above 0 can be learned, set one in its param_groups")
         if bool(group.get("maximize")) != bool(optimizer.param_groups[0].get("maximize")):
             raise ValueError("the groups differ in maximize, which is one option of the whole tower: give each its own optimizer")
     return BlackBox(lr=float(optimizer.param_groups[0]["lr"]), optimizer=name)
@@ -130,17 +108,14 @@ RESOLVED = 1e-3
 class Driven:
     """A live optimizer that computes displacements and leaves the weights unchanged.
 
-    It steps with a constant lr of its own, so that the learned lr never has to be read on the host.
-
-    Args:
-        optimizer: the optimizer; it keeps its state and its hyperparameters other than lr.
-        resolve: raise its lr to at least 1e-3, so that displacements have enough digits; for optimizers that are linear in lr.
+    It steps with a constant lr of its own, so that the learned lr never has to be read on the host. With `resolve` that is at least 1e-3,
+    so that displacements have enough digits; for optimizers that are linear in lr.
     """
 
     def __init__(self, optimizer: Optimizer, *, resolve: bool) -> None:
         self.optimizer = optimizer
         for group in optimizer.param_groups:
-            group["lr"] = max(float(group["lr"]), RESOLVED) if resolve else float(group["lr"])
+            group["lr"] = max(float(group["lr"]), RESOLVED if resolve else 0.0)
 
     def directions(self) -> dict[Tensor, Tensor]:
         """(x − x₁)/lr₁ for every parameter with a gradient, where x₁ is what a step with lr₁ makes of x."""
@@ -164,7 +139,5 @@ class Driven:
 
 
 def _values(rule: Rule, group: Mapping[str, Any]) -> dict[str, float]:
-    given = dict(group)
-    if "betas" in given:
-        given["beta1"], given["beta2"] = given["betas"]
+    given = {**group, **dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))}
     return {name: float(given[name]) for name in rule.declared() if name in given}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -35,37 +36,26 @@ def batch_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]
     ...     out = model.eval()(torch.randn(4, 2))
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"batch_statistics takes the model first, a torch.nn.Module, got {type(model).__name__}: batch_statistics(model, batches)"
-        )
+        name = type(model).__name__
+        raise TypeError(f"batch_statistics takes the model first, a torch.nn.Module, got {name}: batch_statistics(model, batches)")
     if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batch_statistics takes a list or loader of batches, got {type(batches).__name__}: give [x] for a single one")
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     saved = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
     modes = {module: module.training for module in model.modules()}
-    counted = _Counted(batches)
     try:
         if any(layer.track_running_stats for layer in layers):
+            remaining = iter(batches)
+            first = list(islice(remaining, 1))
+            if not first:
+                raise ValueError("batch_statistics was given no batches: give some training data, as inputs or (input, target) pairs")
             try:
-                update_bn(counted, model, device=next(model.parameters()).device)
+                update_bn(chain(first, remaining), model, device=next(model.parameters()).device)
             finally:
                 for module, mode in modes.items():
                     module.training = mode
-            if not counted.number:
-                raise ValueError("batch_statistics was given no batches: give some training data, as inputs or (input, target) pairs")
         yield
     finally:
-        with torch.no_grad():
-            for layer, buffers in zip(layers, saved, strict=True):
-                for name, buffer in buffers.items():
-                    getattr(layer, name).copy_(buffer)
-
-
-class _Counted:
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches, self.number = batches, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            self.number += 1
-            yield batch
+        for layer, buffers in zip(layers, saved, strict=True):
+            for name, buffer in buffers.items():
+                layer.get_buffer(name).copy_(buffer)

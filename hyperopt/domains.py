@@ -175,9 +175,7 @@ class Interval(Domain):
             raise ValueError(f"Interval({self.low!r}, {self.high!r}): both ends must be finite and low below high, as in Interval(0, 1)")
 
     def value(self, raw: Tensor) -> Tensor:
-        if self.bounds() == (0, 1):
-            return raw.sigmoid()
-        return self.low + (self.high - self.low) * raw.sigmoid()
+        return self._from(self.low, raw.sigmoid())
 
     def raw(self, value: Tensor) -> Tensor:
         rest = complement(value) if self.high == 1 else self.high - value
@@ -185,9 +183,10 @@ class Interval(Domain):
 
     def complement(self, raw: Tensor) -> Tensor:
         # sigmoid(−raw) keeps all digits where 1 − sigmoid(raw) cancels, which is the common case: betas are close to 1.
-        if self.bounds() == (0, 1):
-            return (-raw).sigmoid()
-        return (1 - self.high) + (self.high - self.low) * (-raw).sigmoid()
+        return self._from(1 - self.high, (-raw).sigmoid())
+
+    def _from(self, start: float, fraction: Tensor) -> Tensor:
+        return fraction if self.bounds() == (0, 1) else start + (self.high - self.low) * fraction
 
     def bounds(self) -> tuple[float, float]:
         return self.low, self.high

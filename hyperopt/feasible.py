@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ ITERATIONS = 12
 class Feasible(ABC):
     """A closed convex set of weights."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(repr(getattr(self, f.name)) for f in fields(self))})"
+
     @abstractmethod
     def project(self, ys: list[Tensor], metrics: list[Metric]) -> list[Tensor]:
         """The point x of the set that minimises (x − y)ᵀ H (x − y).
@@ -31,7 +34,7 @@ class Feasible(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Box(Feasible):
     """Bounds on every weight: lo ≤ x ≤ hi.
 
@@ -63,11 +66,8 @@ class Box(Feasible):
     def project(self, ys: list[Tensor], metrics: list[Metric]) -> list[Tensor]:
         return [y.clamp(self.lo, self.hi) for y in ys]
 
-    def __repr__(self) -> str:
-        return f"Box({self.lo!r}, {self.hi!r})"
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ball(Feasible):
     """A bound on the Euclidean norm of all weights of a group together: ‖x‖ ≤ radius.
 
@@ -114,9 +114,6 @@ class Ball(Feasible):
         slope = _sum([x * x / (h + multiplier.to(x)) for x, h in zip(xs, metrics, strict=True)])
         tiny = torch.finfo(norm.dtype).tiny
         return (multiplier + norm * norm / slope.clamp_min(tiny) * (norm / self.radius - 1)).clamp_min(0)
-
-    def __repr__(self) -> str:
-        return f"Ball({self.radius!r})"
 
 
 def _nearest(ys: list[Tensor], metrics: Sequence[Metric], multiplier: Tensor) -> list[Tensor]:

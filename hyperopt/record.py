@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,10 @@ class Recorder:
             raise TypeError(f"a Recorder needs a HyperOptimizer, got {type(optimizer).__name__}: bind a tower, as in Hyper(Adam).bind(…)")
         if every < 1:
             raise ValueError(f"every={every} must be at least 1: give the number of steps from one sample to the next")
-        self.every = every
-        self._seen = 0
+        self.every, self._seen, self._written = every, 0, 0
         self._steps: list[int] = []
         self._blocks: list[_Block] = []
         self._open: dict[tuple, _Block] = {}
-        self._written = 0
         self._handle = optimizer.register_step_post_hook(self._sample)
 
     def close(self) -> None:
@@ -101,15 +100,12 @@ class Recorder:
 
     def _read(self, first: int = 0) -> dict[str, np.ndarray]:
         """All columns by tag, from sample `first` on; NaN where a tag had no value."""
-        columns: dict[str, np.ndarray] = {}
-        for block in self._blocks:
+        columns = defaultdict(lambda: np.full(len(self._steps) - first, np.nan))
+        for block in (block for block in self._blocks if block.samples[-1] >= first):
             at = np.array(block.samples) - first
-            wanted = at >= 0
-            if not wanted.any():
-                continue
-            rows = block.rows[: len(at)].cpu().double().numpy()
+            rows = block.rows[: len(at)].cpu().double().numpy()[at >= 0]
             for tag, column in zip(block.tags, rows.T, strict=True):
-                columns.setdefault(tag, np.full(len(self._steps) - first, np.nan))[at[wanted]] = column[wanted]
+                columns[tag][at[at >= 0]] = column
         return columns
 
     @property
@@ -182,13 +178,11 @@ class Recorder:
             level, name = key.rsplit(".", 1)
             name, _, group = name.partition("[")
             panels[name][f"level {level}" + (f" [{group}" if group else "")] = column
-        across = min(max(len(panels), 1), 3)
-        down = max(-(-len(panels) // across), 1)
+        across = min(len(panels), 3) or 1
+        down = math.ceil(len(panels) / across) or 1
         figure = Figure(figsize=(4.5 * across, 3.2 * down + 0.4), layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False).ravel()
-        for axis in axes[len(panels) :]:
-            axis.set_axis_off()
-        for axis, (name, lines) in zip(axes, panels.items(), strict=False):
+        for i, (name, lines) in enumerate(panels.items(), 1):
+            axis = figure.add_subplot(down, across, i)
             # Decays are plotted as 1 − value: .99 and .999 average over 100 and 1000 steps.
             decay = name != "lr" and all((column[~np.isnan(column)] > 0.5).all() and np.nanmax(column) < 1 for column in lines.values())
             for label, column in lines.items():
@@ -217,11 +211,10 @@ def read_csv(path: str | Path) -> dict[str, np.ndarray]:
     if not lines or "step" not in lines[0]:
         raise ValueError(f"{path} is not a schedule: its first line needs a column 'step', as Recorder.to_csv writes it")
     header, *rows = lines
-    columns: dict[str, list[float]] = {name: [] for name in header}
-    for line, row in enumerate(rows, 2):
+    table = np.empty((len(rows), len(header)))
+    for line, row in enumerate(rows):
         try:
-            for name, number in zip(header, row, strict=True):
-                columns[name].append(float(number))
+            table[line] = [float(number) for _, number in zip(header, row, strict=True)]
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {len(header)} numbers are needed, one for each column: {error}") from None
-    return {name: np.array(column, dtype=np.int64 if name == "step" else np.float64) for name, column in columns.items()}
+            raise ValueError(f"{path}, line {line + 2}: {len(header)} numbers are needed, one for each column: {error}") from None
+    return {name: column.astype(np.int64 if name == "step" else np.float64) for name, column in zip(header, table.T, strict=True)}

@@ -49,22 +49,23 @@ class Replay:
             raise TypeError(f"a Replay needs an optimizer of torch, got {type(optimizer).__name__}: give torch.optim.Adam(…), for example")
         self.optimizer = optimizer
         self._steps, columns = _read(source)
-        wanted = {names} if isinstance(names, str) else None if names is None else set(names)
-        missing = (wanted or set()) - {name.partition("[")[0] for name in columns}
+        recorded = {label.partition("[")[0] for label in columns}
+        wanted = recorded if names is None else {names} if isinstance(names, str) else set(names)
+        missing = wanted - recorded
         if missing or not columns:
-            recorded = ", ".join(columns) or "nothing of level 0"
-            raise ValueError(f"{', '.join(sorted(missing)) or 'a schedule'} cannot be replayed: {recorded} was recorded")
+            found = ", ".join(columns) or "nothing of level 0"
+            raise ValueError(f"{', '.join(sorted(missing)) or 'a schedule'} cannot be replayed: {found} was recorded")
         if not len(self._steps):
             raise ValueError("a schedule without a step cannot be replayed: record at least one")
         if (np.diff(self._steps) <= 0).any():
-            raise ValueError(
-                "the steps of a schedule must increase strictly, as those of a Recorder do: sort them and leave out repeated ones"
-            )
+            raise ValueError("the steps of a schedule must increase strictly, as a Recorder's do: sort them and leave out repeated ones")
         self._columns: list[tuple[dict[str, Any], str, np.ndarray]] = []
         for label, column in columns.items():
             name, _, group = label.removesuffix("]").partition("[")
-            if wanted is None or name in wanted:
-                self._columns += [(group, name, self._checked(label, column)) for group in self._groups(label, name, group)]
+            if name in wanted:
+                if column.shape != self._steps.shape or not np.isfinite(column).all():
+                    raise ValueError(f"{label} needs one finite number for each of {len(self._steps)} steps, got {column!r}")
+                self._columns += [(each, name, column) for each in self._groups(label, name, group)]
         self.last_step = 0
         self._apply()
 
@@ -89,9 +90,8 @@ class Replay:
         """
         step = state_dict.get("last_step")
         if not isinstance(step, int) or step < 0:
-            raise ValueError(
-                f"this is not the state of a Replay: it has {', '.join(state_dict) or 'no entries'}, and needs last_step, a count of steps"
-            )
+            has = ", ".join(state_dict) or "no entries"
+            raise ValueError(f"this is not the state of a Replay: it has {has}, and needs last_step, a count of steps")
         self.last_step = step
         self._apply()
 
@@ -103,31 +103,20 @@ class Replay:
             elif name in group:
                 group[name] = value
             else:
-                betas = list(group["betas"])
-                betas[int(name[-1]) - 1] = value
-                group["betas"] = tuple(betas)
+                group["betas"] = tuple(value if name == f"beta{i}" else beta for i, beta in enumerate(group["betas"], 1))
 
     def _groups(self, label: str, name: str, group: str) -> list[dict[str, Any]]:
         """The parameter groups that a column applies to."""
-        groups = self.optimizer.param_groups
+        groups, kind = self.optimizer.param_groups, type(self.optimizer).__name__
         if group and not (group.isdecimal() and int(group) < len(groups)):
-            raise ValueError(
-                f"{label} was recorded, and {type(self.optimizer).__name__} has {len(groups)} parameter groups: give it as many"
-            )
+            raise ValueError(f"{label} was recorded, and {kind} has {len(groups)} parameter groups: give it as many")
         selected = [groups[int(group)]] if group else groups
         for each in selected:
             betas = [f"beta{i + 1}" for i in range(len(each.get("betas", ())))]
             if name not in each and name not in betas:
                 has = ", ".join(key for key in (*each, *betas) if key not in ("params", "param_names", "betas"))
-                raise ValueError(
-                    f"{type(self.optimizer).__name__} has no hyperparameter {name!r}: it has {has}; leave {name!r} out of names"
-                )
+                raise ValueError(f"{kind} has no hyperparameter {name!r}: it has {has}; leave {name!r} out of names")
         return selected
-
-    def _checked(self, label: str, column: np.ndarray) -> np.ndarray:
-        if column.shape != self._steps.shape or not np.isfinite(column).all():
-            raise ValueError(f"{label} needs one finite number for each of {len(self._steps)} steps, got {column!r}")
-        return column
 
 
 def _read(source: Recorder | str | Path | Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

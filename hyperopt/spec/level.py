@@ -151,9 +151,7 @@ class Level:
             if not isinstance(domain, Domain):
                 raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
         if type(self.horizon) not in (int, float) or not self.horizon >= 1:
-            raise ValueError(
-                f"horizon = {self.horizon!r} is outside [1, inf]: give a number of steps, 1 for the paper's method, or math.inf"
-            )
+            raise ValueError(f"horizon = {self.horizon!r} is outside [1, inf]: give a number of steps (1: the paper's method) or math.inf")
         trust: Any = 1 if self.trust in (None, "default") else self.trust
         if type(trust) not in (int, float) or not 0 < trust < math.inf:
             raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")

@@ -108,9 +108,7 @@ class Hyper(Level):
             below, nodes = self._but(learn=tuple(keywords)), {(name,): node for name, node in keywords.items()}
         else:
             if isinstance(rule, Hyper) and keywords:
-                raise TypeError(
-                    f"{', '.join(keywords)} was given beside a finished level: write it there, as in .stack(Hyper(SGD, lr=0.1))"
-                )
+                raise TypeError(f"{', '.join(keywords)} was given beside a finished level: write it there, .stack(Hyper(SGD, lr=0.1))")
             node = rule if isinstance(rule, Hyper) else Hyper(rule, **keywords)
             below = self._but(learn=tuple(steps[0])) if self.learn is None and (steps := node.mappings()) else self
             nodes = {below.learned: node}
