@@ -175,7 +175,7 @@ def test_blocks_and_threads_are_not_seen(threads, monkeypatch):
     """A block is smaller than a tensor here, and what is summed block by block does not depend on who was first."""
     whole = bound(TOWERS[0], compile=True)
     train(STEPS, whole)
-    monkeypatch.setattr("hyperopt.body.native.BLOCK", 3)
+    monkeypatch.setattr("hyperopt.body.functions.BLOCK", 3)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -5,6 +5,7 @@ import itertools
 import math
 import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -395,13 +396,18 @@ def test_what_is_not_installed_or_cannot_be_loaded_is_none(content: bytes | None
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
-@pytest.mark.parametrize("usable", [0, 1])
-def test_what_another_cpu_was_meant_for_is_none(usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("usable", "changed"), [(1, False), (1, True), (0, False)])
+def test_what_was_built_for_another_cpu_or_from_another_source_is_none(
+    usable: int, changed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(functions, "SOURCE", tmp_path / "passes.cpp")
-    (tmp_path / "passes.c").write_text(f"int usable(void) {{ return {usable}; }} void look(void) {{}} void take(void) {{}}")
-    built = tmp_path / f"_passes{EXTENSION_SUFFIXES[0]}"
-    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "passes.c", "-o", built], check=True)
-    assert (installed.__wrapped__() is not None) == bool(usable)
+    code = f"int usable(void) {{ return {usable}; }} unsigned source(void) {{ return SOURCE; }} void look(void) {{}} void take(void) {{}}"
+    (tmp_path / "passes.cpp").write_text(code)
+    made, define = tmp_path / f"_passes{EXTENSION_SUFFIXES[0]}", f"-DSOURCE={zlib.crc32(code.encode())}u"
+    subprocess.run(["cc", "-x", "c", "-shared", "-fPIC", define, tmp_path / "passes.cpp", "-o", made], check=True)
+    if changed:
+        (tmp_path / "passes.cpp").write_text(code + "\n")
+    assert (installed.__wrapped__() is not None) == (bool(usable) and not changed)
 
 
 def test_without_a_compiler_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ..tangents import Raw
 from .arithmetic import Selected
 from .buffers import Buffer
 from .eager import Eager
-from .functions import BLOCK, Column, Value
+from .functions import Column, Value, block
 from .kernels import textbook
 from .part import Part
 
@@ -145,7 +145,8 @@ class Passes:
                     self.pointers[column * count + at + i] = kept.data_ptr() + (0 if column >= Column.T else ends[i])
             at += len(buffer.tensors)
         self.numbers = (ctypes.c_void_p * len(Value))(*(None if v is None else v.data_ptr() for v in self.values))
-        blocks = [(i, start, min(BLOCK, size - start)) for i, size in enumerate(self.sizes) for start in range(0, size, BLOCK)]
+        length = block(sum(self.sizes))
+        blocks = [(i, start, min(length, size - start)) for i, size in enumerate(self.sizes) for start in range(0, size, length)]
         # Not of the dtype and on the device that a user may have made the default.
         self.blocks = torch.tensor(blocks, dtype=torch.int64, device="cpu")
         self.heads = torch.tensor(

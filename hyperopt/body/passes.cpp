@@ -414,6 +414,12 @@ extern "C" BASELINE int usable() {
     return 1;
 }
 
+// The checksum of the file that this was compiled from, where the build said what it is.
+#ifndef SOURCE
+#define SOURCE 0
+#endif
+extern "C" uint32_t source() { return SOURCE; }
+
 extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
                      const float* const* values, double* partial, float* sums) {
     const Table table{block, count, tensors, values};
