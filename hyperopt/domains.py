@@ -152,8 +152,7 @@ class Interval(Domain):
         value = low + (high − low)·sigmoid(raw)
 
     Args:
-        low: the lower bound, finite.
-        high: the upper bound, finite and above low.
+        low, high: the bounds, finite, low below high.
 
     Raises:
         ValueError: bounds that are not finite, or in the wrong order.

@@ -41,8 +41,7 @@ class Box(Feasible):
         x = min(max(y, lo), hi)      the nearest point in every diagonal metric
 
     Args:
-        lo: the lower bound of every weight, or -math.inf.
-        hi: the upper bound of every weight, or math.inf; above lo.
+        lo, hi: the bounds of every weight, lo below hi; -math.inf or math.inf for no bound.
 
     Raises:
         ValueError: bounds in the wrong order, or NaN.

@@ -49,8 +49,9 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False) -
     HyperOptimizer(ScheduleFree(Adam)(eps=0.029) / Adam, 2 tensors in 1 groups)
     """
     if lr == 0:
-        raise ValueError("lr = 0 of auto is on the boundary of its domain, not learnable: give a number above 0, or leave it out for 1e-3")
-    tower = Hyper(ScheduleFree(Adam)).stack(Adam).replace(**({} if lr is None else {"lr": lr}))
+        raise ValueError("lr = 0 is on the boundary of its domain and cannot be learned: give a number above 0, or leave it out for 1e-3")
+    tower = Hyper(ScheduleFree(Adam)).stack(Adam)
+    tower = tower if lr is None else tower.replace(lr=lr)
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
     if isinstance(params, Iterable) and not isinstance(params, (str, torch.Tensor)):
         params = [_reusable(entry) for entry in params]

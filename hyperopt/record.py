@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,13 @@ ROWS = 1024
 HYPER, HYPERGRADIENT = "hyper/", "hypergradient/"
 
 
+@dataclass
 class _Block:
     """Up to `ROWS` samples of a fixed set of tags, on the device of the values."""
 
-    def __init__(self, tags: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
-        self.tags = tags
-        self.rows = torch.empty(ROWS, len(tags), device=device, dtype=dtype)
-        self.samples: list[int] = []
-
-    def append(self, sample: int, values: list[Tensor]) -> None:
-        torch.stack(values, out=self.rows[len(self.samples)])
-        self.samples.append(sample)
+    tags: tuple[str, ...]
+    rows: Tensor
+    samples: list[int] = field(default_factory=list)
 
 
 class Recorder:
@@ -93,9 +90,10 @@ class Recorder:
             place = (tuple(values), device, dtype)
             block = self._open.get(place)
             if block is None or len(block.samples) == ROWS:
-                block = self._open[place] = _Block(*place)
+                block = self._open[place] = _Block(place[0], torch.empty(ROWS, len(values), device=device, dtype=dtype))
                 self._blocks.append(block)
-            block.append(len(self._steps), list(values.values()))
+            torch.stack(list(values.values()), out=block.rows[len(block.samples)])
+            block.samples.append(len(self._steps))
         self._steps.append(self._seen)
 
     def _read(self, first: int = 0) -> dict[str, np.ndarray]:

@@ -112,10 +112,10 @@ class Replay:
             raise ValueError(f"{label} was recorded, and {kind} has {len(groups)} parameter groups: give it as many")
         selected = [groups[int(group)]] if group else groups
         for each in selected:
-            betas = [f"beta{i + 1}" for i in range(len(each.get("betas", ())))]
-            if name not in each and name not in betas:
-                has = ", ".join(key for key in (*each, *betas) if key not in ("params", "param_names", "betas"))
-                raise ValueError(f"{kind} has no hyperparameter {name!r}: it has {has}; leave {name!r} out of names")
+            betas = [f"beta{i}" for i, _ in enumerate(each.get("betas", ()), 1)]
+            known = [key for key in (*each, *betas) if key not in ("params", "param_names", "betas")]
+            if name not in known:
+                raise ValueError(f"{kind} has no hyperparameter {name!r}: it has {', '.join(known)}; leave {name!r} out of names")
         return selected
 
 

@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, lerp, maximum
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, Variant, hyper, root, square
+from ..rule import State, Values, Variant, hyper, root, square
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class Adam(Rule):
+class Adam(Moments):
     """Adam, with coupled or decoupled weight decay and optional AMSGrad, equal to `torch.optim.Adam` and `AdamW`.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
@@ -44,12 +45,6 @@ class Adam(Rule):
     decoupled: bool = False
     amsgrad: bool = False
     bias_correction: bool = True
-    first_moment = ("beta1",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bias_correction and 1 in (self.beta1, self.beta2):
-            raise ValueError("Adam(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
         names = ["v"] + ["m"] * (self.beta1 != 0) + ["v_max"] * self.amsgrad

@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, finfo, lerp, maximum
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper
+from ..rule import State, Values, hyper
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class Adamax(Rule):
+class Adamax(Moments):
     """Adam with the infinity norm in place of the second moment, equal to `torch.optim.Adamax`.
 
         g = g + weight_decay·x
@@ -37,12 +38,7 @@ class Adamax(Rule):
     beta2: float = hyper(0.999, UnitInterval())
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
-    first_moment = ("beta1",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta1 == 1:
-            raise ValueError("Adamax(beta1 = 1) divides by 1 - beta1^t = 0: give a beta1 below 1")
+    corrected = ("beta1",)
 
     def init(self, x: Tensor) -> State:
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["u"]}

@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, lerp, where
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root, square
+from ..rule import State, Values, hyper, root, square
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class Adan(Rule):
+class Adan(Moments):
     """Adaptive Nesterov momentum from differences of gradients, with decoupled weight decay.
 
         d = g − g_{t−1}                     (first step: 0)
@@ -45,13 +46,8 @@ class Adan(Rule):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     bias_correction: bool = True
-    first_moment = ("beta1", "beta2")
+    first_moment, corrected = ("beta1", "beta2"), ("beta1", "beta2", "beta3")
     decoupled = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bias_correction and 1 in (self.beta1, self.beta2, self.beta3):
-            raise ValueError("Adan(beta = 1) divides by 1 - beta^t = 0: give betas below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
         names = ["m"] * (self.beta1 != 0) + ["v", "g"] * (self.beta2 != 0) + ["n"]

@@ -11,29 +11,16 @@ from ..rule import Rule, State, Values
 
 
 def compose(
-    kind: type["Composed"],
-    made_by: Callable[[Any], type[Rule]],
-    base: Any,
+    kind: type["Composed"],  # the parent of the new class
+    made_by: Callable[[Any], type[Rule]],  # the function that returns this class for `base`; unpickling calls it
+    base: Any,  # a rule's class, or a variant of one
     *,
-    also: tuple[str, Any],
-    without: Collection[str] = (),
-    off: Collection[str] = (),
-    inherited: Collection[str] = ("elementwise",),
+    also: tuple[str, Any],  # name and declaration of the hyperparameter that `kind` adds
+    without: Collection[str] = (),  # the fields of `base` that the new class does not have
+    off: Collection[str] = (),  # the hyperparameters of `base` that are held at 0
+    inherited: Collection[str] = ("elementwise",),  # the class attributes that are taken from `base`
 ) -> type[Rule]:
-    """The class of rules that are `kind` over `base`.
-
-    Args:
-        kind: the parent of the new class.
-        made_by: the function that returns this class for `base`; unpickling calls it.
-        base: a rule's class, or a variant of one.
-        also: name and declaration of the hyperparameter that `kind` adds.
-        without: the fields of `base` that the new class does not have.
-        off: the hyperparameters of `base` that are held at 0.
-        inherited: the class attributes that are taken from `base`.
-
-    Raises:
-        TypeError: `base` is not a rule's class.
-    """
+    """The class of rules that are `kind` over `base`; TypeError unless that is a rule's class."""
     plain, word = base() if callable(base) else None, kind.__name__.strip("_")
     if not isinstance(plain, Rule):
         raise TypeError(f"{word} takes a rule, such as Adam or SGD, by its class, got {base!r}: values go behind it, {word}(Adam)(lr=0.01)")
@@ -93,10 +80,6 @@ class Zeroed(Values):
 
     A rule of the library skips a hyperparameter that is 0; a user's rule may read it nevertheless, and must then not see the
     composition's own hyperparameter of the same name.
-
-    Args:
-        h: the hyperparameters, `lr` among them.
-        names: those that are 0.
     """
 
     def __init__(self, h: Values, names: Collection[str]) -> None:

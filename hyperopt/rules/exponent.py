@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, lerp, maximum
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, Variant, hyper, power
+from ..rule import State, Values, Variant, hyper, power
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class Exponent(Rule):
+class Exponent(Moments):
     """Adam with an exponent eta in place of 2: the step is divided by the eta-th root of an average of |g|^eta.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
@@ -50,14 +51,11 @@ class Exponent(Rule):
     running_max: bool = False
     decoupled: bool = False
     bias_correction: bool = True
-    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eta == 0:
             raise ValueError("Exponent(eta = 0) has no root 1/eta: give an exponent above 0, such as 2")
-        if self.bias_correction and 1 in (self.beta1, self.beta2):
-            raise ValueError("Exponent(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
 
     def init(self, x: Tensor) -> State:
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"] + ["v_max"] * self.running_max}

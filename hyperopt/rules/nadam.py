@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root, square
+from ..rule import State, Values, hyper, root, square
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class NAdam(Rule):
+class NAdam(Moments):
     """Adam with Nesterov momentum that warms up, equal to `torch.optim.NAdam`.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
@@ -42,12 +43,6 @@ class NAdam(Rule):
     weight_decay: float = hyper(0.0, Positive())
     momentum_decay: float = hyper(4e-3, Positive())
     decoupled: bool = False
-    first_moment = ("beta1",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if 1 in (self.beta1, self.beta2):
-            raise ValueError("NAdam(beta1 or beta2 = 1) never moves or divides by 1 - beta2^t = 0: give a beta below 1")
 
     def init(self, x: Tensor) -> State:
         # p has no closed form while beta1 changes; where beta1 has a value for each coordinate, p has one too.

@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, expm1, lerp, log1p, where
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root, square
+from ..rule import State, Values, hyper, root, square
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class RAdam(Rule):
+class RAdam(Moments):
     """Adam with a rectified variance of the step size in the first steps, equal to `torch.optim.RAdam`.
 
         g = g + weight_decay·x              (decoupled: x = x − lr·weight_decay·x instead)
@@ -42,12 +43,6 @@ class RAdam(Rule):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     decoupled: bool = False
-    first_moment = ("beta1",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if 1 in (self.beta1, self.beta2):
-            raise ValueError("RAdam(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1")
 
     def init(self, x: Tensor) -> State:
         return {name: x.new_zeros(x.shape) for name in ["m"] * (self.beta1 != 0) + ["v"]}

@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from torch import Tensor, lerp
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root, square
+from ..rule import State, Values, hyper, root, square
+from .moments import Moments
 
 
 @dataclass(frozen=True)
-class Yogi(Rule):
+class Yogi(Moments):
     """Adam with a second moment that changes by at most (1 − beta2)·g² at each step: it grows fast and shrinks slowly.
 
         m = beta1·m + (1 − beta1)·g
@@ -37,12 +38,9 @@ class Yogi(Rule):
     eps: float = hyper(1e-3, Positive())
     v0: float = 0.0
     bias_correction: bool = False
-    first_moment = ("beta1",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bias_correction and 1 in (self.beta1, self.beta2):
-            raise ValueError("Yogi(beta1 or beta2 = 1) divides by 1 - beta^t = 0: give a beta below 1, or bias_correction=False")
         if not self.v0 >= 0:
             raise ValueError(f"Yogi(v0 = {self.v0!r}) is a second moment: give a number of at least 0")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import rules
-from ..domains import Domain, number
+from ..domains import number
 from ..rule import Rule
 
 PER = ("group", "tensor", "coordinate")
@@ -73,10 +73,3 @@ def names_of(learn: Any) -> tuple[str, ...] | str | None:
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"learn = {learn!r} must be a name, names, or 'all', as in learn=('lr', 'beta1')")
     return names
-
-
-def domains_of(domains: Any) -> dict[str, Domain]:
-    """A copy of `domains` that nobody else can change; TypeError unless it is a mapping."""
-    if not isinstance(domains, Mapping | None):
-        raise TypeError(f"domains = {domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
-    return dict(domains or {})

@@ -104,10 +104,7 @@ class Level:
         )
 
     def replace(self, **hyperparameters: Any) -> Self:
-        """The same tower with other values at level 0.
-
-        Raises:
-            ValueError, TypeError: as `Hyper` does.
+        """The same tower with other values at level 0, which must be such as `Hyper` takes.
 
         >>> from hyperopt import Adam, Hyper
         >>> Hyper(Adam).stack(Adam).replace(lr=0.1)
@@ -133,11 +130,7 @@ class Level:
         return self._but(source=None)
 
     def inside(self, project: Feasible) -> Self:
-        """The same tower with the weights constrained to a set.
-
-        Raises:
-            TypeError: `project` is not a set.
-        """
+        """The same tower with the weights constrained to a set; TypeError unless it is one."""
         new = self._but(project=project)
         new.check()
         return new
@@ -145,6 +138,8 @@ class Level:
     def check(self) -> None:
         """Raise ValueError or TypeError unless the options, which `Hyper` explains, are in bounds and fit together."""
         declared = self.rule.declared()
+        if not isinstance(self.domains, Mapping):
+            raise TypeError(f"domains = {self.domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
         for name, domain in self.domains.items():
             if name not in declared:
                 raise ValueError(f"domains names {name!r}, which {type(self.rule).__name__} does not have: it has {', '.join(declared)}")

@@ -5,7 +5,7 @@ import dataclasses
 import keyword
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from .. import rules
@@ -26,16 +26,7 @@ SHOWN = 200  # characters of a text that an error message quotes
 
 
 def read(source: str, build: Callable[[Chain], T]) -> T:
-    """Read what `show` printed.
-
-    Args:
-        source: the text.
-        build: makes a tower of the chain that was written.
-
-    Raises:
-        ValueError: text that is not a tower, of any size and depth, naming the part that is not understood.
-        TypeError: `source` is not text.
-    """
+    """What `build` makes of a text that `show` printed; ValueError for any other, of any size and depth, and TypeError for no text."""
     if not isinstance(source, str):
         raise TypeError(f"a tower is read from text such as 'Adam(lr=0.001) / SGD', got {source!r}")
     try:
@@ -47,11 +38,7 @@ def read(source: str, build: Callable[[Chain], T]) -> T:
 
 
 def read_set(source: str) -> Feasible:
-    """Read a feasible set, such as Box(0.0, 1.0) or Ball(10.0).
-
-    Raises:
-        ValueError: text that is not a set.
-    """
+    """Read a feasible set, such as Box(0.0, 1.0) or Ball(10.0); ValueError for any other text."""
     try:
         value = _value(_parsed(source), source)
         if not isinstance(value, Feasible):
@@ -126,24 +113,14 @@ def _reason(error: Exception) -> str:
 
 
 def _chain(node: ast.expr, source: str) -> Chain:
-    levels: Chain = []
-    parts = list(_divided(node))
-    for i, part in enumerate(reversed(parts)):
-        if i and isinstance(part, ast.Dict):
-            levels.append(_mapping(part, source, _chain))
-        elif i and isinstance(part, ast.BinOp):
-            levels += _chain(part, source)
-        else:
-            levels.append(_level(part, source))
-    return levels
-
-
-def _divided(node: ast.expr) -> Iterator[ast.expr]:
-    """The parts of a / b / c, from the last to the first; in a loop, as there may be more than Python can recurse into."""
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-        yield node.right
+    parts = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):  # in a loop: there may be more than Python can recurse into
+        parts.append(node.right)
         node = node.left
-    yield node
+    levels: Chain = [_level(node, source)]
+    for part in reversed(parts):
+        levels += [_mapping(part, source, _chain)] if isinstance(part, ast.Dict) else _chain(part, source)
+    return levels
 
 
 def _level(node: ast.expr, source: str) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ from ..feasible import Feasible
 from ..optimizer import HyperOptimizer
 from ..rules.black_box import BlackBox
 from . import text
-from .arguments import as_rule, domains_of, named, names_of, plain
+from .arguments import as_rule, named, names_of, plain
 from .level import Level
 
 
@@ -74,7 +74,7 @@ class Hyper(Level):
         made = as_rule(rule, values)
         vars(self).update(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={})
         vars(self).update(horizon=plain(made.horizon if horizon == "default" else horizon), trust=plain(trust))
-        vars(self).update(domains=domains_of(domains), per=per, strategy=strategy, project=project, maximize=maximize)
+        vars(self).update(domains={} if domains is None else plain(domains), per=per, strategy=strategy, project=project, maximize=maximize)
         self.check()
         if isinstance(self.learn, tuple) and self.learn:
             self.check_learned(self.learn)
