@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from . import adopt, checkpoint, driven, held_out
 from .group import Group
 from .guards import every
-from .param_group import check_parameters, prepared
+from .param_group import check_arguments, check_parameters, prepared
 from .rules.black_box import BlackBox
 from .spec.level import Level
 
@@ -26,8 +26,7 @@ class HyperOptimizer(Optimizer):
         tower, params, compile, hyper_every: as for `Hyper.bind`, which makes it.
 
     Raises:
-        ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group.
-        TypeError: a complex parameter, a `compile` that is not True or False.
+        ValueError, TypeError: as for `Hyper.bind`, and for a complex parameter.
 
     >>> import torch
     >>> from hyperopt import Hyper, Adam, SGD
@@ -42,12 +41,7 @@ class HyperOptimizer(Optimizer):
     """
 
     def __init__(self, tower: Level, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
-        if isinstance(params, (torch.nn.Module, str)) or callable(params):
-            raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
-        if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
-            raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
-        if not isinstance(compile, bool):
-            raise TypeError(f"compile must be True or False, got {compile!r}")
+        check_arguments(params, compile, hyper_every)
         self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
         self._bound: list[Group] = []
         self._averaged = False
@@ -55,8 +49,7 @@ class HyperOptimizer(Optimizer):
         source = tower.source
         if source is not None:
             params = adopt.groups_of(source, tower.rule)
-            # The tower itself stays a plain value: a copy or a pickle of this optimizer does not drag the old one along.
-            self.tower = tower.released()
+            self.tower = tower.released()  # so that a copy or a pickle does not drag the old optimizer along
         super().__init__(params, {name: tower.rule.value(name) for name in tower.rule.declared()})
         if source is not None:
             self.state.update(adopt.state_of(source))
@@ -88,10 +81,8 @@ class HyperOptimizer(Optimizer):
             ValueError: a number outside its domain was assigned to a parameter group (a tensor outside is ignored without a host sync).
         """
         self._check_outside("step()")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         with torch.no_grad():
             self._step()
         return loss
@@ -177,15 +168,14 @@ class HyperOptimizer(Optimizer):
     @property
     def skipped(self) -> dict[str, int]:
         """How many steps were left out for a gradient, and how many hypergradients, that were not finite."""
-        groups = self._groups()
-        gradients = max(int(g.tower["skipped"][0]) for g in groups)
-        return {"gradients": gradients, "hypergradients": sum(int(g.tower["skipped"][1]) for g in groups)}
+        steps, hypergradients = zip(*(group.tower["skipped"] for group in self._groups()), strict=True)
+        return {"gradients": max(map(int, steps)), "hypergradients": sum(map(int, hypergradients))}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim; tensors and plain values only, so that torch.load(weights_only=True) reads it.
 
         Raises:
-            RuntimeError: inside `averaged()`; with strategy="graph", whose autograd graph cannot be saved.
+            RuntimeError: inside `averaged()`, or with strategy="graph", whose autograd graph cannot be saved.
         """
         self._check_saves()
         driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
@@ -195,8 +185,8 @@ class HyperOptimizer(Optimizer):
         """Take over a checkpoint; training then goes on bit for bit.
 
         Raises:
-            ValueError: a checkpoint of another tower, of parameters of other shapes, without the feasible set that a group has, or
-                with a value outside its domain; nothing is changed then.
+            ValueError: a checkpoint of another tower, format or shapes, without a group's feasible set, or with a value outside its
+                domain; nothing is changed then.
             RuntimeError: inside `averaged()`.
         """
         self._check_outside("load_state_dict()")

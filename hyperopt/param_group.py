@@ -13,6 +13,16 @@ from .spec.level import Level
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_arguments(params: Any, compile: Any, hyper_every: Any) -> None:
+    """Raise for what `bind` cannot take."""
+    if isinstance(params, (torch.nn.Module, str)) or callable(params):
+        raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
+    if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
+        raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile must be True or False, got {compile!r}")
+
+
 def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
     """A copy of a group that a user gave, as torch.optim takes it; raises for what the tower does not know."""
     if not isinstance(param_group, dict):

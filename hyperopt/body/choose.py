@@ -17,8 +17,9 @@ from .compiled import Compiled
 from .eager import Eager, call
 from .graph import Graph
 from .kernels import kernel
-from .native import Native, serves
+from .native import Native
 from .part import EAGER, STAGES, WHOLE, Part
+from .tables import serves
 
 # Elements from which on a tensor is stepped in place: gathering then costs more than one more round of kernels. A few fused rounds are
 # cheap, and half of what one core has gathered has to travel to the other.

@@ -59,16 +59,8 @@ class Eager:
         self.implied = part.level == 0 and interpolates and self.tangents.gamma > 0
         self.hypergradient = Hypergradient(rule, part.hypers, learned, implied=self.implied)
 
-    # ---- at level 0 a step begins and ends with the tensors of the model
-
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
-        """Gather the gradients of each buffer.
-
-        Args:
-            grads: for each buffer those of its tensors.
-            directions: for each buffer the displacements of its tensors at lr = 1, downwards, that another optimizer has made.
-            maximize: ascend.
-        """
+        """Gather the gradients of the tensors of each buffer, and the displacements at lr = 1 that another optimizer has made, if any."""
         self.directions = None
         if directions is not None:
             self.directions = [buffer.side_by_side(each) for buffer, each in zip(self.buffers, directions, strict=True)]
@@ -122,10 +114,8 @@ class Eager:
         return is_finite(total), self.hypergradient.combined(shares) if shares else {}
 
     def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[Tensor, Raw]:
-        """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, and its share of Zᵀg.
-
-        That finite elements near 1e38 can add up to infinity is accepted; the sum is four times as fast as the largest |element|.
-        """
+        """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, and its share of Zᵀg."""
+        # That finite elements near 1e38 can add up to infinity is accepted; the sum is four times as fast as the largest |element|.
         return g.sum(), self.hypergradient.of(buffer, g, split=self.mode == EAGER) if wanted else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
@@ -232,8 +222,6 @@ class Eager:
             for of, new in tangent.items():
                 if of != "x" or not self.implied:
                     write(block.tangent(name, of, new), new, ok)
-
-    # ---- small things
 
     def h(self, block: Block, r: Raw) -> Values:
         """The hyperparameters at `r`, spread over the coordinates of a block where they differ there."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..rule import Rule, State
 from ..rules.adam import Adam
+from ..rules.averaged import _Averaged
+from ..rules.schedule_free import _ScheduleFree
 from .buffers import Buffer
 
 _fused = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
@@ -57,3 +59,8 @@ def kernel(rule: Rule, values: Mapping[str, Tensor], rests: Mapping[str, Tensor]
         return None  # with eps = 0, torch's 0/0 is NaN and `root` makes it 0
     # Near 1 the complement has the digits.
     return Kernel({n: 1 - float(rests[n]) if 0.5 < float(v) < 1 else float(v) for n, v in values.items()})
+
+
+def inner(rule: Rule) -> Rule:
+    """The rule that gives the direction of an average."""
+    return rule.inner if isinstance(rule, (_ScheduleFree, _Averaged)) else rule

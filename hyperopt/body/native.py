@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from ..guards import Size, is_finite
-from ..rule import Rule, State, overrides
-from ..rules.averaged import _Averaged
-from ..rules.schedule_free import _ScheduleFree
+from ..rule import State
 from ..tangents import Raw
 from .arithmetic import Selected
 from .buffers import Buffer
 from .eager import Eager
 from .functions import Column, Value, block
-from .kernels import textbook
+from .kernels import inner, textbook
 from .part import Part
+from .tables import columns, values
 
 SETS = 8  # sets of parameters that have a gradient together, of which the tables of pointers are kept
 # Elements up to which directions that are not computed in C++ are kept from the first pass to the second, with the new state beside them.
@@ -39,7 +38,7 @@ class Native(Eager):
     def __init__(self, part: Part, functions: ctypes.CDLL) -> None:
         super().__init__(part)
         self.functions = functions
-        self.adam = textbook(_inner(part.rule))  # the direction is computed in C++
+        self.adam = textbook(inner(part.rule))  # the direction is computed in C++
         self.kept: dict[Any, Passes] = {}
         self.passes: Passes | None = None  # of this step
         self.fresh = False
@@ -121,27 +120,27 @@ class Passes:
     """The two passes over the weights of these buffers.
 
     Args:
-        body: whose buffers they are.
+        body: the `Native` whose buffers they are.
     """
 
-    def __init__(self, body: Native) -> None:
+    def __init__(self, body: Any) -> None:
         self.functions, self.buffers, self.adam = body.functions, list(body.buffers), body.adam
         self.tensors = [t for buffer in self.buffers for t in buffer.tensors]
         self.sizes = [t.numel() for t in self.tensors]
         self.strides = [stride for buffer in self.buffers for stride in buffer.strides]
         self.given: list[tuple[Tensor, State]] = []  # direction and new state of each buffer, where they are not computed in C++
         count = self.count = len(self.tensors)
-        self.columns = [_columns(body, buffer) for buffer in self.buffers]
-        self.values = _values(body)
-        self.contiguous = all(kept.is_contiguous() for columns in self.columns for kept in columns.values())
-        self.kept = [kept for columns in self.columns for kept in columns.values()] + [v for v in self.values if v is not None]
+        self.columns = [columns(body, buffer) for buffer in self.buffers]
+        self.values = values(body)
+        self.contiguous = all(kept.is_contiguous() for found in self.columns for kept in found.values())
+        self.kept = [kept for found in self.columns for kept in found.values()] + [v for v in self.values if v is not None]
         self.places = self._places()
         self.pointers = (ctypes.c_void_p * (len(Column) * count))()
         at = 0
-        for buffer, columns in zip(self.buffers, self.columns, strict=True):
+        for buffer, found in zip(self.buffers, self.columns, strict=True):
             ends = list(itertools.accumulate((4 * t.numel() for t in buffer.tensors), initial=0))
             for i in range(len(buffer.tensors)):
-                for column, kept in columns.items():
+                for column, kept in found.items():
                     self.pointers[column * count + at + i] = kept.data_ptr() + (0 if column >= Column.T else ends[i])
             at += len(buffer.tensors)
         self.numbers = (ctypes.c_void_p * len(Value))(*(None if v is None else v.data_ptr() for v in self.values))
@@ -162,7 +161,7 @@ class Passes:
         """Whether state and hyperparameters are where they were: sharing a tensor with another process moves its storage."""
         return self.places == self._places()
 
-    def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Native) -> bool:
+    def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> bool:
         """Put Σg, Σg·Z, and where trust needs them ‖x‖² and ‖step‖² at lr = 1 into `sums`; False where memory does not lie as it must."""
         gs = [g for each in grads for g in each]
         for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
@@ -179,7 +178,7 @@ class Passes:
         self.functions.look(torch.get_num_threads(), *self.look_at)
         return True
 
-    def take(self, body: Native) -> None:
+    def take(self, body: Any) -> None:
         """Take the step that `orders` say: whether it counts, lr, and the factor on tangents; the gradients are those of `look`."""
         self.functions.take(torch.get_num_threads(), *self.take_at)
         torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
@@ -188,7 +187,7 @@ class Passes:
                 Selected.write(buffer.state[key], new, body.orders[0])
         self.given = []
 
-    def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Native) -> None:
+    def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> None:
         """Compute the directions in operations of torch."""
         h = body.hypers.values({})
         pointers: list[int] = []
@@ -207,60 +206,6 @@ class Passes:
 
     def _places(self) -> list[int]:
         return [kept.data_ptr() for kept in self.kept]
-
-
-def serves(part: Part, tensors: Sequence[Tensor]) -> bool:
-    """Whether the passes serve a rule, with what is learned of it, and these weights: on a CPU, in float32."""
-    rule, hypers, tangents, feasible = part.rule, part.hypers, part.tangents, part.feasible
-    follows = not overrides(rule, "after")
-    if not follows and type(rule).after in (_ScheduleFree.after, _Averaged.after):
-        follows = not overrides(_inner(rule), "after") and tangents.gamma > 0
-    decay = not rule._decays() or (not rule._couples() and not overrides(_inner(rule), "_decay"))
-    mine = tangents.fixed and (tangents.alone or not tangents.names) and not overrides(rule, "update") and feasible is None
-    single = "lr" in hypers.own and not any(hyperparameter.value.dim() for hyperparameter in hypers.own.values())
-    numbers = hypers.like.is_cpu and hypers.like.dtype == torch.float32
-    return follows and decay and mine and single and numbers and all(_plain(t) for t in tensors)
-
-
-def _plain(t: Tensor) -> bool:
-    return type(t.data) is Tensor and t.is_cpu and t.dtype == torch.float32
-
-
-def _inner(rule: Rule) -> Rule:
-    """The rule that gives the direction of an average."""
-    return rule.inner if isinstance(rule, (_ScheduleFree, _Averaged)) else rule
-
-
-def _columns(body: Native, buffer: Buffer) -> dict[Column, Tensor]:
-    """What passes.cpp reads and writes of a buffer, beside weights, gradient and direction."""
-    rule, state = body.rule, buffer.state
-    found = {Column.M: state.get("m"), Column.V: state.get("v")} if body.adam else {}
-    if isinstance(rule, _ScheduleFree):
-        found |= {Column.PLACE: state["z"], Column.WEIGHT: state["weight"], Column.MIX: state["mix"]}
-    if rule.average:
-        found[Column.AVERAGE] = state.get(rule.average)
-    if body.tangents.names:
-        z = buffer.tangents["lr"]
-        found |= {Column.ZX: z[rule.moved], Column.ZA: z.get(str(rule.average)), Column.ZWEIGHT: z.get("weight")}
-    found[Column.T] = buffer.t
-    return {column: kept for column, kept in found.items() if kept is not None}
-
-
-def _values(body: Native) -> list[Tensor | None]:
-    """The hyperparameters that passes.cpp reads."""
-    own, rule = body.hypers.own, body.rule
-    values: list[Tensor | None] = [None] * len(Value)
-    if body.adam:
-        first = _inner(rule).value("beta1") != 0
-        values[Value.REST1] = own["beta1"].rest if first else None
-        values[Value.REST2], values[Value.EPS] = own["beta2"].rest, own["eps"].value
-    if rule._decays():
-        values[Value.WEIGHT_DECAY] = own["weight_decay"].value
-    if isinstance(rule, _ScheduleFree):
-        values[Value.BETA] = own["beta1"].value
-    if isinstance(rule, _Averaged):
-        values[Value.REST_DECAY] = own["decay"].rest
-    return values
 
 
 def _lies(tensor: Tensor, stride: tuple[int, ...]) -> bool:
