@@ -22,11 +22,7 @@ class HyperOptimizer(Optimizer):
     A plain `loss.backward()` and `step()`: no graph is kept, gradients are never changed, and nothing waits for the device unless another
     optimizer is driven. `param_groups[i]["lr"]`, `["beta1"]` … are the live values; assigning to one is noticed at the next step.
 
-    Args:
-        tower, params, compile, hyper_every: as for `Hyper.bind`, which makes it.
-
-    Raises:
-        ValueError, TypeError: as for `Hyper.bind`, and for a complex parameter.
+    Arguments and errors are those of `Hyper.bind`, which makes it.
 
     >>> import torch
     >>> from hyperopt import Hyper, Adam, SGD
