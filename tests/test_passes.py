@@ -362,12 +362,28 @@ def test_ends_are_exact() -> None:
     made = started(Case("momentum", "recomputed", 0.0, True))
     made.set(Hypers(lr=0.05, beta=1.0, rest1=1.0, rest2=1.0))
     gradients(made, torch.Generator().manual_seed(1))
-    made.tensors[Column.G][1][5] = 3e38  # whose square is the largest float, not infinity
+    gs, ms, vs = (made.tensors[column] for column in (Column.G, Column.M, Column.V))
+    for moments in (*ms, *vs):
+        moments.fill_(1e9)  # beside which a gradient is lost, unless nothing is left of it
+    gs[1][5] = 3e38  # whose square is the largest float, not infinity
     made.take(1.0, 0.05, KEEP)
-    assert torch.equal(made.tensors[Column.M][1], made.tensors[Column.G][1])
-    assert torch.equal(made.tensors[Column.V][1], made.tensors[Column.G][1].square().clamp_max(torch.finfo(torch.float32).max))
+    for g, m, v in zip(gs, ms, vs, strict=True):
+        assert torch.equal(m, g)
+        assert torch.equal(v, g.square().clamp_max(torch.finfo(torch.float32).max))
     # The first step's average is what it made, whatever it started from.
     torch.testing.assert_close(made.tensors[Column.X][1], made.tensors[Column.PLACE][1], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_without_gradients_and_eps_nothing_moves(direction: str) -> None:
+    made = started(Case(direction, "plain", 0.0, True))
+    for moment in (*made.tensors[Column.V], *made.tensors.get(Column.M, [])):
+        moment.zero_()
+    made.set(Hypers(lr=0.05, beta=0.9, eps=0.0))
+    before = [x.clone() for x in made.tensors[Column.X]]
+    assert made.look(1)[3] == 0
+    made.take(1.0, 0.05, KEEP)
+    assert all(map(torch.equal, before, made.tensors[Column.X]))
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-25, 1e-20])

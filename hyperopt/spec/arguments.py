@@ -40,7 +40,8 @@ def as_rule(rule: Any, values: Mapping[str, Any]) -> Rule:
         name = rule.__name__
         if not hasattr(rules, name):
             known = ", ".join(rules.__all__)
-            raise ValueError(f"there is no rule for {name}: there are {known}; to learn its lr, give a live one, Hyper({name}(params))")
+            live = f"Hyper({name}(params, lr=…))"
+            raise ValueError(f"there is no rule for {name}: there are {known}; to learn its lr, give a live one, {live}")
         rule = getattr(rules, name)
     template = rule() if callable(rule) else rule
     if not isinstance(template, Rule):
