@@ -34,7 +34,7 @@ class Hyperparameter:
     def __init__(self, domain: Domain, value: Tensor, *, learned: bool, last_value: Tensor | None = None) -> None:
         self.domain, self.value, self.learned, self.last_value = domain, value, learned, last_value
         self.rest = complement(value)  # 1 − value, while it is held
-        self.logarithmic = domain == Positive()  # the usual lr: torch's own functions save a third of the calls of a step
+        self.logarithmic = domain == Positive()  # the usual lr: torch's own functions save 11 of 95 calls of a step
         self.limits = domain.raw_limits(value.dtype)
         self.assignment: Assignment | None = None
 
