@@ -36,8 +36,8 @@ class Guard:
         """The raw values to use, where the level above has moved them from `before` to `r` by the hypergradients `q`."""
         return r
 
-    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
-        """The raw values to use, where the step at `r` is as large as `size`, and the factor on what past steps say about lr."""
+    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor | None) -> tuple[Raw, Tensor | None]:
+        """The raw values to use, where the step at `r` is as large as `size`, and the factor on what past steps say about lr (None: 1)."""
         return r, keep
 
 
@@ -63,13 +63,13 @@ class Climb(Guard):
         self.on, self.trust, self.leap = on, trust, min(self.LEAP, leap)
 
     def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
-        self.on.mul_((ok == 0) | (q["lr"] <= 0))
+        self.on.masked_fill_(q["lr"] * ok > 0, 0.0)
         move = r["lr"] - before["lr"]
-        more = torch.minimum((self.FACTOR - 1) * move, self.leap - move).clamp_min(0)
-        return {**r, "lr": r["lr"] + more * self.on}
+        faster = torch.maximum((self.FACTOR * move).clamp_max(self.leap), move)
+        return {**r, "lr": r["lr"].lerp(before["lr"] + faster, self.on)}
 
-    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
-        self.on.lerp_(self.on * (size.move <= self.trust * self.NEGLIGIBLE), ok.to(self.on))
+    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor | None) -> tuple[Raw, Tensor | None]:
+        self.on.masked_fill_(size.move * ok > self.trust * self.NEGLIGIBLE, 0.0)
         return r, keep
 
 
@@ -110,14 +110,13 @@ class Trust(Guard):
     def __init__(self, lr: Hyperparameter, trust: float, warmup: int = 1) -> None:
         self.lr, self.trust, self.warmup = lr, trust, warmup
 
-    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
+    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor | None) -> tuple[Raw, Tensor | None]:
         allowed = self.trust
         if self.warmup > 1:
             allowed = ((size.steps + 1) * (self.trust / self.warmup)).clamp_max(self.trust)
-        tiny = torch.finfo(size.move.dtype).tiny
         # Clamped so that the logarithm is finite where a norm overflows; what is not a number belongs to a step that does not count,
         # and must not spoil the raw value that is kept.
-        scale = (allowed / size.move.clamp_min(tiny)).nan_to_num(1.0).clamp(tiny, 1.0)
+        scale = (allowed / size.move).nan_to_num(1.0).clamp(torch.finfo(size.move.dtype).tiny, 1.0)
         if self.lr.assignment is not None:
             scale = torch.where(self.lr.assignment.changed, torch.ones_like(scale), scale)
         return {**r, "lr": self.lr.scaled(r["lr"], scale)}, keep
@@ -142,12 +141,12 @@ class Forget(Guard):
     def __init__(self, lr: Hyperparameter, mark: Tensor) -> None:
         self.lr, self.mark = lr, mark
 
-    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor) -> tuple[Raw, Tensor]:
+    def sized(self, r: Raw, size: Size, ok: Tensor, keep: Tensor | None) -> tuple[Raw, Tensor | None]:
         log_lr = self.lr.log_size(r["lr"])
         top = log_lr + self.BAND
         factor = (self.POWER * (top - self.mark)).clamp_max(0).exp()
         self.mark.lerp_(self.mark.clamp(log_lr, top), ok.to(self.mark))
-        return r, keep * factor
+        return r, factor if keep is None else keep * factor
 
 
 class Guards:
@@ -166,7 +165,7 @@ class Guards:
         """See `Guard.sized`; `size` is None where no guard needs it."""
         if size is None:
             return r, None
-        keep = torch.ones_like(ok)
+        keep = None
         for guard in self.sizers:
             r, keep = guard.sized(r, size, ok, keep)
         return r, keep

@@ -150,7 +150,7 @@ class Hyperparameters:
     def publish(self, r: Raw, ok: Tensor) -> None:
         """Write the raw values that this step used where the nodes above keep them, and the values where users read them."""
         for names, x in self.above:
-            x.lerp_(torch.cat([r[name].reshape(-1) for name in names]), ok)
+            x.lerp_(joined(r, names), ok)
         for name, raw in r.items():
             mine = self.own[name]
             mine.value.lerp_(mine.at(raw), ok)
@@ -160,3 +160,9 @@ class Hyperparameters:
             mine = self.own[name]
             assert mine.last_value is not None
             mine.last_value.lerp_(mine.value, ok)
+
+
+def joined(numbers: Raw, names: Sequence[str]) -> Tensor:
+    """The numbers of these names side by side in one vector."""
+    vectors = [numbers[name].reshape(-1) for name in names]
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)  # lr alone: one copy less

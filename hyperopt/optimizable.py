@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .guards import Guards, is_finite
-from .hyperparameter import Hyperparameters, Raw
+from .hyperparameter import Hyperparameters, Raw, joined
 
 if TYPE_CHECKING:
     from .body.eager import Eager
@@ -82,4 +82,4 @@ class Optimizable:
 
 def side_by_side(q: Raw, names: Sequence[str]) -> Tensor:
     """The hypergradients of `names` as the gradient of the node that learns them; 0 where one is not finite."""
-    return torch.cat([q[name].reshape(-1) for name in names]).nan_to_num(0.0, 0.0, 0.0)
+    return joined(q, names).nan_to_num(0.0, 0.0, 0.0)

@@ -183,12 +183,12 @@ class Eager:
                 keep = keep * (1 - h.lr * self.rule._decay(h, block.t))
             self.arithmetic.displace(block.x, z, step, h.lr, keep, ok.to(block.t))
         else:
-            move = step * -h.lr
+            move = step * h.lr
             move = move if self.limit is None else move.clamp(-self.limit, self.limit)
             if self.arithmetic is Weighted:
-                block.x.add_(move * ok.to(block.t))
+                block.x.addcmul_(move, ok.to(block.t), value=-1)
             else:
-                x = block.x + move
+                x = block.x - move
         self.commit(block, x, own, {}, ok)
 
     def direction(self, block: Block, h: Values, ok: Tensor, *, lasting: bool = False) -> Point:

@@ -44,7 +44,8 @@ class Kernel:
         key = like.dtype, like.device
         if key not in self.shared or self.shared[key].numel() < like.numel():
             self.shared[key] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-        return self.shared[key][: like.numel()].view(like.shape).zero_()
+        shared = self.shared[key]
+        return (shared if shared.shape == like.shape else shared[: like.numel()].view(like.shape)).zero_()
 
 
 def textbook(rule: Rule) -> bool:

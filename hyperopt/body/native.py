@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guards import Size, is_finite
+from ..guards import Size
 from ..rule import State
 from ..tangents import Raw
 from .arithmetic import Selected
@@ -54,7 +54,7 @@ class Native(Eager):
         return super().begin(grads, directions, maximize=maximize)
 
     def finite(self, gs: Sequence[Tensor]) -> Tensor:
-        return super().finite(gs) if self.passes is None else is_finite(self.sums[0].clone())
+        return super().finite(gs) if self.passes is None else self.sums[0].clone()
 
     def kind(self) -> Any:
         return super().kind() if self.passes is None else ("native", self.fresh)
@@ -62,15 +62,15 @@ class Native(Eager):
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         if self.passes is None:
             return super().pull(gs, wanted)
-        total, q, _, _ = self.sums.clone().unbind()
-        return is_finite(total), {"lr": q} if wanted and not self.fresh and self.tangents.names else {}
+        finite, q, _, _ = self.sums.clone().unbind()
+        return finite, {"lr": q} if wanted and not self.fresh and self.tangents.names else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
         if self.passes is None:
             return super().measure(r, ok)
         if not self.projects:
             return None
-        place, move = self.sums[2:].sqrt().unbind()
+        _, _, place, move = self.sums.unbind()
         return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(self.floor()), self.steps())
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
@@ -162,7 +162,7 @@ class Passes:
         return self.places == self._places()
 
     def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> bool:
-        """Put Σg, Σg·Z, and where trust needs them ‖x‖² and ‖step‖² at lr = 1 into `sums`; False where memory does not lie as it must."""
+        """Put whether Σg is finite, Σg·Z, and where trust needs them ‖x‖ and ‖step‖ at lr = 1 into `sums`; False where memory does not lie as it must."""
         gs = [g for each in grads for g in each]
         for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
             same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32

@@ -1,8 +1,8 @@
 // The two passes over the weights of a training step on a CPU, for every rule whose learned hyperparameter (lr, or none) does not enter its
 // direction. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
 //
-//     look    what must be known before the step: Σg, Σg·(tangent), and on request Σplace² and Σs², for the step s at lr = 1
-//     take    state, place −= lr·s, what follows from place (averages, x), the tangents of all of it, and Σplace²
+//     look    what must be known before the step: whether Σg is finite, Σg·(tangent), and on request ‖place‖ and ‖s‖, of the step s at lr = 1
+//     take    state, place −= lr·s, what follows from place (averages, x), the tangents of all of it, and ‖place‖
 //
 // The direction is either given in D, by any rule, or Adam's, which is computed here, once in each pass: reading it back would cost as much
 // as reading m, v and g again does. Both corrections of Adam's bias are moved to the scalars.
@@ -441,7 +441,10 @@ extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int
             }
         }
     });
-    for (int k = 0; k < 4; k++) sums[k] = total(blocks, partial, k);
+    sums[0] = std::fabs(total(blocks, partial, 0)) <= FLT_MAX;
+    sums[1] = total(blocks, partial, 1);
+    sums[2] = std::sqrt(total(blocks, partial, 2));
+    sums[3] = std::sqrt(total(blocks, partial, 3));
 }
 
 extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
@@ -488,5 +491,5 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
         if (table.column(ZWEIGHT, tensor)) *table.column(ZWEIGHT, tensor) = by.zweight;
         *table.column(MIX, tensor) = by.beta;
     }
-    sums[2] = total(blocks, partial, 2);
+    sums[2] = std::sqrt(total(blocks, partial, 2));
 }
