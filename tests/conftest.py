@@ -1,5 +1,6 @@
 """What every test shares: one thread in each worker, a fixed seed, and MNIST where this machine has it."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -43,3 +44,9 @@ def operations_of_torch(monkeypatch):
     """Optimizers bound in this test take their steps in operations of torch, and not in C++ where that is at hand."""
     monkeypatch.setattr("hyperopt.body.functions.installed", lambda: None)
     monkeypatch.setattr("hyperopt.body.functions.built", lambda: None)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile traces is run operation by operation: for tests that do not ask what its kernels compute, without a C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -152,6 +152,7 @@ def test_saved_and_loaded_with_everything_learned_and_a_gradient_missing(horizon
 
 
 @pytest.mark.filterwarnings("ignore:torch .* loses float64 numbers:RuntimeWarning")  # torch 2.11 steps eagerly
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_above_level_0_what_was_assigned_is_gone_on_from(compile):
     model = net()
@@ -179,6 +180,7 @@ def test_nothing_is_said_of_values_before_there_is_a_tangent():
 
 
 @pytest.mark.filterwarnings("ignore:torch .* loses float64 numbers:RuntimeWarning")  # torch 2.11 steps eagerly
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("per", ["group", "tensor", "coordinate"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_what_a_large_model_learns_is_summed_over_blocks(per, compile, monkeypatch):

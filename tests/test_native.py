@@ -92,6 +92,7 @@ def test_state_that_was_moved_in_memory_is_found():
     assert_equal(*runs, torch.float32)
 
 
+@pytest.mark.usefixtures("graphs")
 def test_tangents_that_lie_otherwise_are_left_to_torch():
     runs = []
     for c in (False, True):
@@ -105,6 +106,7 @@ def test_tangents_that_lie_otherwise_are_left_to_torch():
     assert_equal(*runs, torch.float32)
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("compile", [False, True])
 def test_channels_last_tensors_side_by_side_are_stepped_in_their_own_order(compile):
     def made(memory_format, compile):
@@ -144,6 +146,7 @@ def test_a_gradient_without_memory_is_left_to_torch():
     assert by_hand(fused[1]) == [False]
 
 
+@pytest.mark.usefixtures("graphs")
 def test_one_memory_for_two_parameters_is_left_to_torch():
     runs = []
     for c in (False, True):
@@ -155,6 +158,7 @@ def test_one_memory_for_two_parameters_is_left_to_torch():
     torch.testing.assert_close(*(params for params, _ in runs))
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_scheduler_and_changing_sets_of_gradients_compile_a_few_times():
     params = [nn.Parameter(torch.randn(5)) for _ in range(6)]
     optimizer = Hyper.parse(TOWERS[0]).bind(params, compile=True)
@@ -222,6 +226,7 @@ def test_a_tangent_that_is_not_finite_starts_again():
     assert_equal(*runs, torch.float32)
 
 
+@pytest.mark.usefixtures("graphs")
 def test_what_users_change():
     """Values are assigned, a parameter has no gradient, the level above rests, memory lies otherwise."""
     pairs, taken = [], []
@@ -255,6 +260,7 @@ def test_what_users_change():
     assert [at for at, hand in enumerate(taken) if not hand] == [40]
 
 
+@pytest.mark.usefixtures("graphs")
 def test_groups_count_a_step_together():
     """A gradient that is not finite in one group is a step that counts in none."""
     runs = []
@@ -281,6 +287,7 @@ def test_another_update_is_left_to_torch(text):
     assert by_hand(fused[1]) == [False]
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_left_to_torch(dtype):
     fused = bound(TOWERS[0], dtype, compile=True)
