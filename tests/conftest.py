@@ -48,5 +48,5 @@ def operations_of_torch(monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What torch.compile traces is run operation by operation: for tests that do not ask what its kernels compute, without a C++ compiler."""
+    """torch.compile runs its graph operation by operation, for tests that do not ask what its kernels compute: no C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

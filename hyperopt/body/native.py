@@ -162,7 +162,7 @@ class Passes:
         return self.places == self._places()
 
     def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> bool:
-        """Put whether Σg is finite, Σg·Z, and where trust needs them ‖x‖ and ‖step‖ at lr = 1 into `sums`; False where memory does not lie as it must."""
+        """Write to `sums`: is Σg finite, Σg·Z, and for trust ‖x‖ and ‖step‖ at lr = 1; False where memory does not lie as it must."""
         gs = [g for each in grads for g in each]
         for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
             same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
