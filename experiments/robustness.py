@@ -60,9 +60,9 @@ class Method:
 
 def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The hidden matrices, for which Muon is meant, and the other parameters: embeddings, head, vectors, convolutions."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = [p for p in model.parameters() if p.dim() == 2][-1]
-    inside = [p for p in model.parameters() if p.dim() == 2 and p is not head and id(p) not in embeddings]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings]
+    inside = matrices[:-1]  # the last one is the head
     kept = {id(p) for p in inside}
     return inside, [p for p in model.parameters() if id(p) not in kept]
 
@@ -338,17 +338,18 @@ def draw_line(axes: Axes, name: str, line: Line, top: float, color: str, width: 
 
 def check(name: str) -> None:
     """Raise typer.BadParameter unless this is a method, a tower of `bad_towers` or the text of a tower with {lr}."""
-    if name in METHODS or name in bad_towers():
-        return
-    if "{lr}" not in name:
-        known = ", ".join(map(repr, METHODS))
-        raise typer.BadParameter(
-            f"{name!r} is none of {known}, and no tower with {{lr}} where the start goes", param_hint="--method, --again"
-        )
+    if name not in METHODS and name not in bad_towers():
+        check_tower(name, "--method, --again", f"{name!r} is none of {', '.join(map(repr, METHODS))}, and ")
+
+
+def check_tower(text: str, option: str, otherwise: str = "") -> None:
+    """Raise typer.BadParameter for this option unless this is the text of a tower with {lr} in place of the start."""
+    if "{lr}" not in text:
+        raise typer.BadParameter(f"{otherwise or repr(text) + ' is '}no tower with {{lr}} where the start goes", param_hint=option)
     try:
-        Hyper.parse(started_at(name, 1e-3))
+        Hyper.parse(started_at(text, 1e-3))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--method, --again") from error
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def main(

@@ -14,8 +14,8 @@ import math
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -95,7 +95,7 @@ def train(
     evaluated = {math.ceil(k * workload.steps / evaluations) for k in range(1, evaluations + 1)}
     losses, curve, rates, seconds = [], [], [], 0.0
     for optimizer in optimizers:
-        _switch_mode(optimizer, "train")
+        switch_mode(optimizer, "train")
     with ExitStack() as stack:
         every = 1 if after else max(1, workload.steps // POINTS)
         recorder = stack.enter_context(Recorder(towers[0], every)) if towers else None
@@ -225,21 +225,28 @@ def evaluate(
 ) -> float:
     """The metric; if an optimizer averages weights, that of the average, with the statistics of BatchNorm estimated anew for it."""
     with ExitStack() as stack:
-        averages = False
-        for optimizer in optimizers:
-            if isinstance(optimizer, HyperOptimizer):
-                stack.enter_context(optimizer.averaged())
-                averages |= optimizer.tower.rule.average is not None
-            elif _switch_mode(optimizer, "eval"):
-                stack.callback(_switch_mode, optimizer, "train")
-                averages = True
-        if averages:
+        if stack.enter_context(averaged(optimizers)):
             some = islice(workload.batches(seed, device, validation=validation), 50)
             stack.enter_context(batch_statistics(model, some))
         return workload.evaluate(model, validation)
 
 
-def _switch_mode(optimizer: Optimizer, mode: str) -> bool:
+@contextmanager
+def averaged(optimizers: Iterable[Optimizer]) -> Iterator[bool]:
+    """Replace weights by their averages, for optimizers that keep one; yields whether one of them does."""
+    with ExitStack() as stack:
+        averages = False
+        for optimizer in optimizers:
+            if isinstance(optimizer, HyperOptimizer):
+                stack.enter_context(optimizer.averaged())
+                averages |= optimizer.tower.rule.average is not None
+            elif switch_mode(optimizer, "eval"):
+                stack.callback(switch_mode, optimizer, "train")
+                averages = True
+        yield averages
+
+
+def switch_mode(optimizer: Optimizer, mode: str) -> bool:
     """Call `optimizer.train()` or `.eval()`, which optimizers of the package schedulefree have; whether there is such a method."""
     switch = getattr(optimizer, mode, None)
     if switch:
