@@ -12,6 +12,7 @@ from typing_extensions import Self
 from ..domains import Domain
 from ..feasible import Feasible
 from ..rule import Rule
+from ..tangents import read_by_direction
 from .arguments import PER, STRATEGIES, as_rule, named
 
 # Largest change of a raw hyperparameter per step above level 0. Where level 1 learns its own lr too, 0.1 does better: on MNIST validation
@@ -176,6 +177,9 @@ class Level:
                         f"{name} = {value!r} of {rule} cannot be learned: it is on or beyond the bound {low if value <= low else high:g} "
                         f"of {domain!r}; start strictly inside, leave {name!r} out of learn, or give domains={{{name!r}: Real()}}"
                     )
+        coupled = [] if self.per != "coordinate" or self.rule.elementwise else sorted(read_by_direction(self.rule).intersection(names))
+        if coupled:
+            raise ValueError(f"per='coordinate' cannot learn {', '.join(coupled)} of {rule}, which couples coordinates: give per='tensor'")
         if len(set(names)) < len(names):
             raise ValueError(f"learn={names} of {rule} names a hyperparameter twice: name each once")
 
