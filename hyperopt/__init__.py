@@ -16,11 +16,12 @@ from .record import Recorder
 from .replay import Replay
 from .rule import Rule, Values, hyper
 from .rules import *  # noqa: F403 - what rules.__all__ names
+from .rules.split import Split
 from .spec.tower import Hyper
 
 # fmt: off
 __all__ = [
     *rules.__all__, "Ball", "Box", "Domain", "Hyper", "HyperOptimizer", "Interval", "Optimizable", "Positive", "Real", "Recorder", "Replay",
-    "Rule", "UnitInterval", "Values", "auto", "batch_statistics", "hyper",
+    "Rule", "Split", "UnitInterval", "Values", "auto", "batch_statistics", "hyper",
 ]
 # fmt: on

@@ -13,7 +13,8 @@ from .body.graph import Graph
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
 from .param_group import check_step
-from .rule import recovered
+from .roles import ENTRIES, Role, settle
+from .rule import Rule, recovered
 from .spec import text
 from .spec.level import Level
 from .tree import Tree, with_zeros
@@ -38,9 +39,10 @@ class Group:
             spec = spec.inside(text.read_set(str(self.set)))
         self.spec, self.group, self.state = spec, group, state
         self.params: list[Tensor] = group["params"]
+        self.roles: dict[Tensor, Role] = {} if spec.rule.elementwise else settle(group, spec.rule.parts)
+        self.said = {entry: group.get(entry) for entry in ENTRIES} if self.roles else {}
         self.device = self.params[0].device
-        wide = any(p.dtype == torch.float64 for p in self.params)
-        self.dtype = torch.float64 if wide else torch.float32
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         self.names = list(spec.rule.declared())
         self.sizes = {name: self._size(name) for name in self.names}
         self.live: dict[str, Tensor] = {}
@@ -85,7 +87,7 @@ class Group:
         known = {p for part in kept for p in part}
         loose = [p for part in mixed for p in part] + [p for p in self.params if "t" in self.state.get(p, {}) and p not in known]
         parts = [part for part in kept if not any(part is m for m in mixed)]
-        parts += choose.parts(loose, self.state, self.rule, compile=self.compile)
+        parts += choose.parts(loose, self.state, self._serving, compile=self.compile)
         self._partition([self._buffer(part) for part in parts])
 
     def _to(self, value: Tensor) -> Tensor:
@@ -99,7 +101,11 @@ class Group:
 
     def _buffer(self, params: list[Tensor]) -> Buffer:
         positions = choose.spread(params, self.params, self.spec)
-        return Buffer(params, [self.state[p] for p in params], self.rule, positions, derives=self._derives())
+        return Buffer(params, [self.state[p] for p in params], self._serving(params[0]), positions, derives=self._derives())
+
+    def _serving(self, p: Tensor) -> Rule:
+        """The rule as it steps one tensor, and those of the same role."""
+        return self.rule.serving(self.roles[p]) if p in self.roles else self.rule
 
     def _derives(self) -> bool:
         """Whether the average of a rule is recomputed from what lr moves and the weights, which saves a copy of them."""
@@ -118,11 +124,11 @@ class Group:
         usual = self.group["project"] == self.set and "betas" not in self.group
         for p in self.params:
             usual = usual and (p.grad is None or p.grad.layout == torch.strided)
-        for name, value in self.live.items():
-            usual = usual and self.group[name] is value
+        for name, value in (*self.live.items(), *self.said.items()):
+            usual = usual and self.group.get(name) is value
         if self.live and usual:
             return
-        check_step(self.group, self.spec, self.sizes, self.set, self.dtype)
+        check_step(self.group, self.spec, self.sizes, self.set, self.said, self.dtype)
 
     def collect(self, directions: Mapping[Tensor, Tensor] | None = None) -> bool:
         """Notice what was assigned, choose the buffers that have a gradient, and begin the step with them.
@@ -163,7 +169,7 @@ class Group:
         # From now on the two halves of a mixed buffer have different step counts.
         halves = [[p for p in b.tensors if (p.grad is None) == absent] for b in mixed for absent in (True, False)]
         kept = [b for b in self.buffers if b not in mixed]
-        new = [*halves, *choose.parts(fresh, self.state, self.rule, compile=self.compile)]
+        new = [*halves, *choose.parts(fresh, self.state, self._serving, compile=self.compile)]
         self._partition(kept + [self._buffer(part) for part in new])
         return [b for b in self.buffers if b.tensors[0].grad is not None]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import adopt, checkpoint, driven, held_out
+from . import adopt, checkpoint, driven, held_out, roles
 from .group import Group
 from .guards import every
 from .param_group import check_arguments, check_parameters, prepared
@@ -42,6 +42,8 @@ class HyperOptimizer(Optimizer):
         self._bound: list[Group] = []
         self._averaged = False
         self.driven: adopt.Driven | None = None
+        if isinstance(params, torch.nn.Module):
+            params = [roles.group_of(params, tower.rule.parts, elementwise=tower.rule.elementwise)]
         source = tower.source
         if source is not None:
             params = adopt.groups_of(source, tower.rule)
@@ -219,7 +221,8 @@ class HyperOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         tensors = sum(len(group["params"]) for group in self.param_groups)
-        return f"HyperOptimizer({self.tower}, {tensors} tensors in {len(self.param_groups)} groups)"
+        head = f"HyperOptimizer({self.tower}, {tensors} tensors in {len(self.param_groups)} groups)"
+        return "\n".join([head, *(line for group in self.param_groups for line in roles.shown(group, self.tower.rule.parts))])
 
     def _groups(self) -> list[Group]:
         if len(self._bound) != len(self.param_groups):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .roles import ENTRIES
 from .rule import check
 from .spec.level import Level
 
@@ -15,8 +16,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_arguments(params: Any, compile: Any, hyper_every: Any) -> None:
     """Raise for what `bind` cannot take."""
-    if isinstance(params, (torch.nn.Module, str)) or callable(params):
-        raise TypeError(f"params must be parameters, got {type(params).__name__}: pass model.parameters()")
+    if isinstance(params, str) or (callable(params) and not isinstance(params, torch.nn.Module)):
+        raise TypeError(f"params must be a module or parameters, got {type(params).__name__}: pass model.parameters()")
     if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
         raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
     if not isinstance(compile, bool):
@@ -33,7 +34,8 @@ def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
     if "betas" in group:
         group["beta1"], group["beta2"] = group.pop("betas")
     known = tower.rule.declared()
-    for name in group.keys() - {"params", "param_names", "initial_lr", "name", "project"} - known.keys():
+    roles = () if tower.rule.elementwise else ENTRIES if tower.rule.parts else ("blocks",)
+    for name in group.keys() - {"params", "param_names", "initial_lr", "name", "project", *roles} - known.keys():
         raise ValueError(f"a parameter group has an unknown entry {name!r}: {type(tower.rule).__name__} has {', '.join(known)}")
     values = {name: group[name] for name in known if name in group}
     for name, value in values.items():
@@ -61,7 +63,9 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             raise TypeError("a sharded parameter (DTensor, as FSDP2 makes them) cannot be trained here: DDP's whole ones can")
 
 
-def check_step(group: Mapping[str, Any], spec: Level, sizes: Mapping[str, int | None], project: Any, dtype: torch.dtype) -> None:
+def check_step(
+    group: Mapping[str, Any], spec: Level, sizes: Mapping[str, int | None], project: Any, said: Mapping[str, Any], dtype: torch.dtype
+) -> None:
     """Raise if a step cannot be taken, before anything is changed.
 
     Args:
@@ -69,6 +73,7 @@ def check_step(group: Mapping[str, Any], spec: Level, sizes: Mapping[str, int | 
         spec: its tower.
         sizes: how many values each hyperparameter has; None for one.
         project: the set that it was bound with.
+        said: the entries that say which tensor is what, as they were then.
         dtype: of its hyperparameters.
     """
     for p in group["params"]:
@@ -81,6 +86,9 @@ def check_step(group: Mapping[str, Any], spec: Level, sizes: Mapping[str, int | 
         raise ValueError("param_groups[…]['betas'] is read nowhere: assign 'beta1' and 'beta2'")
     if group["project"] != project:
         raise ValueError(f"param_groups[…]['project'] was changed from {project} to {group['project']}: give it when binding")
+    for entry, mine in said.items():
+        if group.get(entry) is not mine:
+            raise ValueError(f"param_groups[…][{entry!r}] was changed: say which tensor is what when binding")
     for name, size in sizes.items():
         value = group[name]
         if not isinstance(value, Tensor):

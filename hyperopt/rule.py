@@ -1,5 +1,6 @@
 """What a rule is: the mathematics of one optimizer, with its hyperparameters declared once."""
 
+import copy
 import dataclasses
 import importlib
 import math
@@ -12,8 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .domains import Domain
+from .roles import Role
 
 State = dict[str, Tensor]
 
@@ -91,6 +94,8 @@ class Rule(ABC):
     # What lr moves: x, or the state of this name; x is then lerp(state[moved], state[average], state["mix"]) with a number "mix".
     moved: ClassVar[str] = "x"
     average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
+    parts: ClassVar[tuple[str, ...]] = ()  # the names of the directions, where there are two (Muon | Adam)
+    role: ClassVar[Role] = Role()  # of the tensors that it is to step
 
     @abstractmethod
     def init(self, x: Tensor) -> State:
@@ -138,6 +143,12 @@ class Rule(ABC):
         """The hyperparameters that the rule declares, by name."""
         return {f.name: f.metadata["hyper"] for f in dataclasses.fields(cls) if "hyper" in f.metadata}
 
+    def serving(self, role: Role) -> Self:
+        """This rule for tensors of one role."""
+        new = copy.copy(self)
+        vars(new)["role"] = role
+        return new
+
     def value(self, name: str) -> float | Mapping[str, float]:
         """The value of a hyperparameter: a number, or a number for each hyperparameter that this rule moves."""
         return getattr(self, name)
@@ -172,8 +183,7 @@ class Rule(ABC):
 
 def interpolated(rule: Rule, state: State) -> Tensor:
     """x of a rule whose lr moves a state of its own: between that state and its average."""
-    assert rule.average is not None
-    return torch.lerp(state[rule.moved], state[rule.average], state["mix"])
+    return torch.lerp(state[rule.moved], state[str(rule.average)], state["mix"])
 
 
 def recovered(rule: Rule, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -82,7 +82,7 @@ def pushed(function: Callable[[State], Tensor], state: State, tangents: Mapping[
 
 def read_by_direction(rule: Rule) -> frozenset[str]:
     """The hyperparameters that `direction` depends on, found by asking it once; all of them where it cannot be asked."""
-    x, seen = torch.zeros(2, 2), set()
+    seen: set[str] = set()
 
     class Spy:
         def __getattr__(self, name: str) -> Tensor:
@@ -97,7 +97,8 @@ def read_by_direction(rule: Rule) -> frozenset[str]:
 
     spy: Any = Spy()
     try:
-        rule.direction(x, rule.init(x), spy, torch.ones(()))
+        for x in (torch.zeros(2, 2), *[torch.zeros(2)] * bool(rule.parts)):  # a split rule judges by the shape
+            rule.direction(x, rule.init(x), spy, torch.ones(()))
     except Exception:  # a user's rule may need other shapes than these
         return frozenset(rule.declared())
     return frozenset(seen)

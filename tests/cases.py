@@ -20,6 +20,7 @@ from hyperopt import (
     AdaShift,
     Exponent,
     Lion,
+    Muon,
     NAdam,
     Padam,
     RAdam,
@@ -204,6 +205,14 @@ CASES = (
         None,
         "eps is ours; beta2 acts through the m of the step before; weight_decay is 0, on the boundary",
         late=("beta2",),
+    ),
+    Case(
+        "muon",
+        Muon(lr=0.02, momentum=0.8, weight_decay=0.5),
+        ("lr", "momentum", "weight_decay"),
+        papers.muon,
+        "torch's takes matrices alone, in bfloat16: tests/test_muon.py; in float32 the rounding of small singular values grows",
+        float32=False,
     ),
     Case(
         "yogi",

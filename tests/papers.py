@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt import ADOPT, Exponent, Rule
+from hyperopt import ADOPT, Exponent, Muon, Rule
 
 Step = Callable[[Tensor, Tensor, dict[str, Any], int], Tensor]
 
@@ -61,5 +61,25 @@ def exponent(params: Iterable[Tensor], rule: Rule) -> torch.optim.Optimizer:
         if rule.decoupled:
             x = x - rule.lr * rule.weight_decay * x
         return x - rule.lr * m / (v ** (1 / rule.eta) + rule.eps) ** (2 * rule.p)
+
+    return Paper(params, step)
+
+
+def muon(params: Iterable[Tensor], rule: Rule) -> torch.optim.Optimizer:
+    """Jordan et al. 2024 with the scale and weight decay of Liu et al. 2025; what becomes of singular values by an SVD, not by products."""
+    assert isinstance(rule, Muon)
+    a, b, c = rule.ns_coefficients
+
+    def step(w: Tensor, g: Tensor, kept: dict[str, Any], t: int) -> Tensor:
+        mu = rule.momentum
+        kept["m"] = mu * kept.get("m", torch.zeros_like(g)) + (1 - mu) * g
+        n = mu * kept["m"] + (1 - mu) * g if rule.nesterov else kept["m"]
+        matrix = n.flatten(1) if n.dim() > 1 else n[:, None]
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / s.norm().clamp(min=1e-7)
+        for _ in range(rule.ns_steps):
+            s = a * s + b * s**3 + c * s**5
+        d = 0.2 * max(matrix.shape) ** 0.5 * (u * s @ vt).reshape(n.shape)
+        return w - rule.lr * d - rule.lr * rule.weight_decay * w
 
     return Paper(params, step)

@@ -13,7 +13,7 @@ from small import backward, differences, net, snapshot, train
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hyperopt import SGD, Adam, Averaged, Ball, Box, Hyper, Lion, ScheduleFree
+from hyperopt import SGD, Adam, Averaged, Ball, Box, Hyper, Lion, Muon, ScheduleFree
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 BOX, BALL = Box(-0.25, 0.25), Ball(1.0)
@@ -77,7 +77,7 @@ def test_inside_at_every_step(case, inside, monkeypatch):
         train(model, optimizer, range(at, at + 1))
         assert outside(inside, weights(model)) < 1e-6
         assert at or outside(inside, weights(model)) > -1e-6
-    assert len(optimizer._groups()[0].buffers) == 3
+    assert len(optimizer._groups()[0].buffers) == (3 if case.rule.elementwise else 4)
     assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
     values = optimizer.hyperparameters()
     assert all(value.isfinite().all() for value in values.values())
@@ -173,7 +173,7 @@ APART = {
 def test_the_metric_is_what_the_rule_divides_by(case):
     """The step is a common factor times m / metric, where m is the first moment, or the gradient."""
     rule = case.rule
-    if isinstance(rule, SGD | Lion):
+    if isinstance(rule, SGD | Lion | Muon):
         assert rule.metric({}, None, None) == 1
         return
     w = nn.Parameter(torch.linspace(-1, 1, 9, dtype=torch.float64))

@@ -397,7 +397,7 @@ TYPE_ERRORS = [
     (lambda: Hyper(SGD, domains=[Real()]), "domains = .* must be a mapping from names to domains"),
     (lambda: Hyper(SGD).stack(Hyper(SGD), lr=0.1), "lr was given beside a finished level: write it there"),
     (lambda: Hyper.parse(3), "a tower is read from text such as 'Adam.*got 3"),
-    (lambda: Hyper(SGD).bind(torch.nn.Linear(2, 2)), r"got Linear: pass model.parameters\(\)"),
+    (lambda: Hyper(SGD).bind("model"), r"got str: pass model.parameters\(\)"),
     (lambda: Hyper(SGD).bind([torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]), "dtype torch.float8_e4m3fn cannot be trained"),
     (lambda: Hyper(Adam, lr="fast"), r"Adam\(lr\) must be a number, got 'fast'"),
     (lambda: Hyper(Adam, lr=True), r"Adam\(lr\) must be a number, got True"),

@@ -168,7 +168,8 @@ class Buffer:
         """What buffers that look alike to compiled code have in common."""
         x = self.x()
         kept = tuple((name, *tangent) for name, tangent in self.tangents.items())
-        return x.shape, x.stride(), x.dtype, x.device, tuple(self.state), kept, tuple(self.positions), tuple(sorted(self.numbers))
+        names = tuple(self.state), kept, tuple(self.positions), tuple(sorted(self.numbers))
+        return x.shape, x.stride(), x.dtype, x.device, self.rule.role, *names
 
     def empty(self) -> Tensor:
         """A new tensor in the shape in which the buffer is stepped."""

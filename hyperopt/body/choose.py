@@ -49,13 +49,16 @@ def body(part: Part, params: Sequence[Tensor], *, graph: bool) -> Eager:
     return Eager(part, kernel(part.rule, {n: h.value for n, h in held.items()}, {n: h.rest for n, h in held.items()}))
 
 
-def parts(params: Sequence[Tensor], state: Mapping[Tensor, Record], rule: Rule, *, compile: bool) -> Iterator[list[Tensor]]:
-    """Parameters that can be stepped as one: of one device, dtype and step count, with the same things kept for each."""
+def parts(
+    params: Sequence[Tensor], state: Mapping[Tensor, Record], serving: Callable[[Tensor], Rule], *, compile: bool
+) -> Iterator[list[Tensor]]:
+    """Parameters that can be stepped as one: of one device, dtype, role and step count, with the same things kept for each."""
     found: dict[Any, list[Tensor]] = {}
     few = compile and sum(p.numel() >= LARGE_FUSED for p in params) < PIECES
     for p in params:
         record = state[p]
-        key = (p.device, p.dtype, float(record["t"]) if "t" in record else 0.0, tuple(record))
+        rule = serving(p)
+        key = (p.device, p.dtype, rule.role.direction, float(record["t"]) if "t" in record else 0.0, tuple(record))
         large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
         if p.numel() >= large or not rule.elementwise:
             key = (*key, p)

@@ -134,13 +134,13 @@ class Eager:
         """How far the step takes that which lr moves, and how large that is."""
         h, place = self.h(block, r), block.state.get(self.rule.moved, block.x)
         if self.updates:
-            x1, s1 = self.rule.update(block.x, self.gradient(block, ok), block.state, h, block.t)
+            x1, s1 = block.buffer.rule.update(block.x, self.gradient(block, ok), block.state, h, block.t)
             move, lr = s1.get(self.rule.moved, x1) - place, None
         else:
             d, own = self.direction(block, h, ok, lasting=True)
             move, lr = self.rule._step(block.x, d, h, block.t) if self.decays else d, h.lr
-            small = self.mode == WHOLE or (self.mode == EAGER and block.buffer.numel < block.buffer.block)
-            if self.tangents.fixed and (self.kernel or small):
+            dear = self.kernel or self.mode == WHOLE or not block.buffer.rule.elementwise  # products of matrices, or at hand anyway
+            if self.tangents.fixed and (dear or (self.mode == EAGER and block.buffer.numel < block.buffer.block)):
                 block.made = d, own
         if lr is not None and lr.dim():
             move, lr = move * lr, None
@@ -201,7 +201,7 @@ class Eager:
         g = self.gradient(block, ok)
         if self.couples:
             g = g + self.rule._decay(h, block.t) * block.x
-        return self.rule.direction(g, block.state, h, block.t)
+        return block.buffer.rule.direction(g, block.state, h, block.t)
 
     def gradient(self, block: Block, ok: Tensor) -> Tensor:
         """The gradient to compute with; above level 0 it is finite."""
@@ -244,5 +244,6 @@ class Eager:
         return FLOOR * max(1, sum(buffer.numel for buffer in self.buffers)) ** 0.5
 
     def _blocks(self, gs: Sequence[Tensor]) -> list[Block]:
-        split = self.mode == EAGER and self.rule.elementwise and self.feasible is None
-        return [block for buffer, g in zip(self.buffers, gs, strict=True) for block in blocks(buffer, g, split=split)]
+        split = self.mode == EAGER and self.feasible is None
+        pairs = zip(self.buffers, gs, strict=True)
+        return [block for buffer, g in pairs for block in blocks(buffer, g, split=split and buffer.rule.elementwise)]

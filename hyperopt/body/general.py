@@ -46,20 +46,20 @@ def write(body: Any, batch: Sequence[Block], r: Raw, kept: Raw, ok: Tensor) -> N
 
 def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, ok: Tensor) -> list[Point]:
     """The new points, as a differentiable function of the old ones and r; inside the feasible set."""
-    rule, hs = body.rule, [body.h(block, r) for block in batch]
+    hs = [body.h(block, r) for block in batch]
     arrived = [_arrive(body, block, *point, h, ok) for block, point, h in zip(batch, points, hs, strict=True)]
     if body.feasible is not None:
-        metrics = [rule.metric(state, h, block.t) for block, (_, state), h in zip(batch, arrived, hs, strict=True)]
+        metrics = [block.buffer.rule.metric(state, h, block.t) for block, (_, state), h in zip(batch, arrived, hs, strict=True)]
         places = body.feasible.project([place for place, _ in arrived], metrics)
         arrived = [(place, state) for place, (_, state) in zip(places, arrived, strict=True)]
     if body.updates:
         return arrived
-    return [rule.after(*each, h, block.t) for block, each, h in zip(batch, arrived, hs, strict=True)]
+    return [block.buffer.rule.after(*each, h, block.t) for block, each, h in zip(batch, arrived, hs, strict=True)]
 
 
 def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values, ok: Tensor) -> Point:
     """Where the step takes that which lr moves, and the state on the way."""
-    rule: Rule = body.rule
+    rule: Rule = block.buffer.rule
     start = state.get(rule.moved, x)
     if body.implied and body.decays:
         x = interpolated(rule, state)  # with its tangents

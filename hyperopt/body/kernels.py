@@ -10,6 +10,7 @@ from ..rule import Rule, State
 from ..rules.adam import Adam
 from ..rules.averaged import _Averaged
 from ..rules.schedule_free import _ScheduleFree
+from ..rules.split import _Split
 from .buffers import Buffer
 
 _fused = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
@@ -63,5 +64,6 @@ def kernel(rule: Rule, values: Mapping[str, Tensor], rests: Mapping[str, Tensor]
 
 
 def inner(rule: Rule) -> Rule:
-    """The rule that gives the direction of an average."""
-    return rule.inner if isinstance(rule, (_ScheduleFree, _Averaged)) else rule
+    """The rule that gives the direction of an average; of a split rule the one that serves, once it is settled which."""
+    rule = rule.inner if isinstance(rule, (_ScheduleFree, _Averaged)) else rule
+    return rule.by(None) if isinstance(rule, _Split) and rule.role.direction is not None else rule

@@ -15,9 +15,8 @@ from .arithmetic import Selected
 from .buffers import Buffer
 from .eager import Eager
 from .functions import Column, Value, block
-from .kernels import inner, textbook
 from .part import Part
-from .tables import columns, values
+from .tables import columns, computed, values
 
 SETS = 8  # sets of parameters that have a gradient together, of which the tables of pointers are kept
 # Elements up to which directions that are not computed in C++ are kept from the first pass to the second, with the new state beside them.
@@ -38,7 +37,6 @@ class Native(Eager):
     def __init__(self, part: Part, functions: ctypes.CDLL) -> None:
         super().__init__(part)
         self.functions = functions
-        self.adam = textbook(inner(part.rule))  # the direction is computed in C++
         self.kept: dict[Any, Passes] = {}
         self.passes: Passes | None = None  # of this step
         self.fresh = False
@@ -95,7 +93,7 @@ class Native(Eager):
 
     def _passes(self) -> "Passes | None":
         """The tables for the buffers of this step; None where directions would take too much memory."""
-        if not self.adam and sum(buffer.numel for buffer in self.buffers) > GIVEN:
+        if sum(buffer.numel for buffer in self.buffers if not computed(buffer)) > GIVEN:
             return None
         self.fresh = bool(self.tangents.names) and not self.ready()
         for buffer in self.buffers if self.tangents.names else ():
@@ -124,11 +122,12 @@ class Passes:
     """
 
     def __init__(self, body: Any) -> None:
-        self.functions, self.buffers, self.adam = body.functions, list(body.buffers), body.adam
+        self.functions, self.buffers = body.functions, list(body.buffers)
         self.tensors = [t for buffer in self.buffers for t in buffer.tensors]
         self.sizes = [t.numel() for t in self.tensors]
         self.strides = [stride for buffer in self.buffers for stride in buffer.strides]
-        self.given: list[tuple[Tensor, State]] = []  # direction and new state of each buffer, where they are not computed in C++
+        self.given: list[tuple[Buffer, Tensor, State]] = []  # direction and new state of a buffer, where they are not computed in C++
+        self.told = [not computed(buffer) for buffer in self.buffers]
         count = self.count = len(self.tensors)
         self.columns = [columns(body, buffer) for buffer in self.buffers]
         self.values = values(body)
@@ -173,7 +172,7 @@ class Passes:
         if not (self.contiguous and all(x_pointers) and all(g_pointers)) or len(set(x_pointers)) < len(x_pointers):
             return False  # what is empty, all zeros without memory, or two parameters in one
         self.pointers[: 2 * self.count] = x_pointers + g_pointers
-        if not self.adam:
+        if any(self.told):
             self._give(grads, directions, body)
         self.functions.look(torch.get_num_threads(), *self.look_at)
         return True
@@ -182,7 +181,7 @@ class Passes:
         """Take the step that `orders` say: whether it counts, lr, and the factor on tangents; the gradients are those of `look`."""
         self.functions.take(torch.get_num_threads(), *self.take_at)
         torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
-        for buffer, (_, own) in zip(self.buffers, self.given, strict=False):
+        for buffer, _, own in self.given:
             for key, new in own.items():
                 Selected.write(buffer.state[key], new, body.orders[0])
         self.given = []
@@ -190,16 +189,19 @@ class Passes:
     def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> None:
         """Compute the directions in operations of torch."""
         h = body.hypers.values({})
-        pointers: list[int] = []
+        pointers: list[int | None] = []
         for i, buffer in enumerate(self.buffers):
+            if not self.told[i]:
+                pointers += [None] * len(buffer.tensors)
+                continue
             if directions is not None:
                 d, own = buffer.side_by_side(directions[i]), {}
             else:
-                d, own = body.rule.direction(buffer.gradient(grads[i], maximize=False), buffer.state, h, buffer.t + 1)
+                d, own = buffer.rule.direction(buffer.gradient(grads[i], maximize=False), buffer.state, h, buffer.t + 1)
             strides = (1,) if buffer.flat else buffer.strides[0]
             if d.stride() != strides or d.dtype != torch.float32 or d.shape != buffer.x().shape:  # as the weights lie, element by element
                 d = torch.empty_strided(buffer.x().shape, strides, dtype=torch.float32, device="cpu").copy_(d)
-            self.given.append((d, own))
+            self.given.append((buffer, d, own))
             ends = itertools.accumulate((4 * t.numel() for t in buffer.tensors[:-1]), initial=0)
             pointers += [d.data_ptr() + end for end in ends]
         self.pointers[Column.D * self.count : (Column.D + 1) * self.count] = pointers

@@ -11,7 +11,7 @@ from ..rules.averaged import _Averaged
 from ..rules.schedule_free import _ScheduleFree
 from .buffers import Buffer
 from .functions import Column, Value
-from .kernels import inner
+from .kernels import inner, textbook
 from .part import Part
 
 
@@ -28,6 +28,11 @@ def serves(part: Part, tensors: Sequence[Tensor]) -> bool:
     return follows and decay and mine and single and numbers and all(_plain(t) for t in tensors)
 
 
+def computed(buffer: Buffer) -> bool:
+    """Whether the direction of a buffer is computed in C++."""
+    return textbook(inner(buffer.rule))
+
+
 def _plain(t: Tensor) -> bool:
     return type(t.data) is Tensor and t.is_cpu and t.dtype == torch.float32
 
@@ -35,7 +40,7 @@ def _plain(t: Tensor) -> bool:
 def columns(body: Any, buffer: Buffer) -> dict[Column, Tensor]:
     """What passes.cpp reads and writes of a buffer, beside weights, gradient and direction."""
     rule, state = body.rule, buffer.state
-    found = {Column.M: state.get("m"), Column.V: state.get("v")} if body.adam else {}
+    found = {Column.M: state.get("m"), Column.V: state.get("v")} if computed(buffer) else {}
     if isinstance(rule, _ScheduleFree):
         found |= {Column.PLACE: state["z"], Column.WEIGHT: state["weight"], Column.MIX: state["mix"]}
     if rule.average:
@@ -51,8 +56,9 @@ def values(body: Any) -> list[Tensor | None]:
     """The hyperparameters that passes.cpp reads."""
     own, rule = body.hypers.own, body.rule
     found: list[Tensor | None] = [None] * len(Value)
-    if body.adam:
-        first = inner(rule).value("beta1") != 0
+    adams = [inner(buffer.rule) for buffer in body.buffers if computed(buffer)]
+    if adams:
+        first = adams[0].value("beta1") != 0
         found[Value.REST1] = own["beta1"].rest if first else None
         found[Value.REST2], found[Value.EPS] = own["beta2"].rest, own["eps"].value
     if rule._decays():

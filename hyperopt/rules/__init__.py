@@ -10,6 +10,7 @@ from .adopt import ADOPT
 from .averaged import Averaged
 from .exponent import Exponent, Padam
 from .lion import Lion
+from .muon import Muon
 from .nadam import NAdam
 from .radam import RAdam
 from .rmsprop import RMSprop
@@ -20,7 +21,7 @@ from .yogi import Yogi
 
 # fmt: off
 __all__ = [
-    "ADOPT", "SGD", "AdaShift", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Averaged", "Exponent", "Lion", "NAdam", "Padam",
-    "RAdam", "RMSprop", "ScheduleFree", "Unified", "Yogi",
+    "ADOPT", "SGD", "AdaShift", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Averaged", "Exponent", "Lion", "Muon", "NAdam",
+    "Padam", "RAdam", "RMSprop", "ScheduleFree", "Unified", "Yogi",
 ]
 # fmt: on

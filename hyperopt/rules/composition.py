@@ -1,12 +1,14 @@
 """Rules made from another rule: what `ScheduleFree` and `Averaged` have in common."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Self
 
+from ..roles import Role
 from ..rule import Rule, State, Values
 
 
@@ -18,7 +20,7 @@ def compose(
     also: tuple[str, Any],  # name and declaration of the hyperparameter that `kind` adds
     without: Collection[str] = (),  # the fields of `base` that the new class does not have
     off: Collection[str] = (),  # the hyperparameters of `base` that are held at 0
-    inherited: Collection[str] = ("elementwise",),  # the class attributes that are taken from `base`
+    inherited: Collection[str] = ("elementwise", "parts"),  # the class attributes that are taken from `base`
 ) -> type[Rule]:
     """The class of rules that are `kind` over `base`; TypeError unless that is a rule's class."""
     plain, word = base() if callable(base) else None, kind.__name__.strip("_")
@@ -53,6 +55,11 @@ class Composed(Rule):
         names = {f.name for f in dataclasses.fields(plain)} & {f.name for f in dataclasses.fields(self)}
         return dataclasses.replace(plain, **{name: getattr(self, name) for name in names - {*self.off}}, **dict.fromkeys(self.off, 0.0))
 
+    def serving(self, role: Role) -> Self:
+        new, inner = super().serving(role), self.inner.serving(role)
+        vars(new).update(inner=inner, elementwise=inner.elementwise)
+        return new
+
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         return self.inner.direction(g, self._inner_state(state), self._seen(h), t)
 
@@ -70,9 +77,7 @@ class Composed(Rule):
         return Zeroed(h, self.off) if self.off else h
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class comes from a function call, not from a module, so pickle cannot find it by name.
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _again, (self.made_by, self.base, values)
+        return again(self, self.made_by, (self.base,))
 
 
 class Zeroed(Values):
@@ -95,5 +100,19 @@ class Zeroed(Values):
         return self._h.lr.new_ones(()) if name in self._names else self._h.one_minus_power(name, t)
 
 
-def _again(make: Callable[[Any], type[Rule]], base: Any, values: dict[str, Any]) -> Rule:
-    return make(base)(**values)
+def again(rule: Rule, make: Callable[..., type[Rule]], bases: Iterable[Any]) -> tuple[Any, ...]:
+    """What pickle needs of a rule whose class comes from a function call and not from a module, where it would be found by name."""
+    values = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
+    return _made, (_recipe(make, bases), values)
+
+
+def _recipe(make: Callable[..., type[Rule]], bases: Iterable[Any]) -> tuple[Any, ...]:
+    return make, tuple(_recipe(base.made_by, base.bases) if getattr(base, "made_by", None) else base for base in bases)
+
+
+def _cooked(make: Callable[..., type[Rule]], bases: Iterable[Any]) -> type[Rule]:
+    return make(*(_cooked(*base) if isinstance(base, tuple) else base for base in bases))
+
+
+def _made(recipe: tuple[Any, ...], values: dict[str, Any]) -> Rule:
+    return _cooked(*recipe)(**values)

@@ -22,9 +22,9 @@ def ScheduleFree(base: Any) -> type[Rule]:
     Gradients are taken at y, which the model's parameters hold during training. Evaluate at the average x, under
     `with optimizer.averaged():`.
 
-    The hyperparameters are those of `base`, except that `beta1` replaces those of its first moment (`Rule.first_moment`). Options keep
-    the values that they have in `base`. Weight decay is decoupled and taken at y. beta1 and weight_decay are learned only if they are
-    named: training gradients alone push both to the ends of their domains.
+    The hyperparameters are those of `base`, except that `beta1` replaces those of its first moment (`Rule.first_moment`). Options that are
+    True or False keep the values that they have in `base`; others, such as Muon's rows, can be set. Weight decay is decoupled and taken at
+    y. beta1 and weight_decay are learned only if they are named: training gradients alone push both to the ends of their domains.
 
     The hypergradient of a training gradient g, which is taken at y, runs through the average, at which the model is evaluated:
 
@@ -58,7 +58,7 @@ def ScheduleFree(base: Any) -> type[Rule]:
         raise TypeError(f"ScheduleFree takes a rule with a first moment that it can leave out, such as Adam or SGD, got {base!r}")
     if overrides(plain, "update"):
         raise TypeError(f"ScheduleFree takes the direction of a rule, and {type(plain).__name__} defines update: define direction instead")
-    options = {f.name for f in dataclasses.fields(plain)} - plain.declared().keys()
+    options = {f.name for f in dataclasses.fields(plain) if isinstance(f.default, bool)}
     off = {*plain.first_moment, "weight_decay"} & plain.declared().keys()
     without = {"beta1", *plain.first_moment, *options}
     return compose(_ScheduleFree, ScheduleFree, base, also=("beta1", hyper(0.9, UnitInterval())), without=without, off=sorted(off))

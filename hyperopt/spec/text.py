@@ -12,6 +12,7 @@ from .. import rules
 from ..domains import Domain, UnitInterval
 from ..feasible import Feasible
 from ..rule import Rule
+from ..rules.split import Split
 from .level import Level
 
 T = TypeVar("T")
@@ -73,7 +74,8 @@ def _show_one(level: Level, at: int) -> str:
     words.append(("learn", level.learn, level.learn if level.is_tree() else None))  # the branches of a tree say what is learned
     words += [(name, getattr(level, name), default) for name, default in {"horizon": rule.horizon, **DEFAULTS}.items()]
     shown = ", ".join(f"{name}={_word(value)}" for name, value, default in words if value != default)
-    return type(rule).__name__ + (f"({shown})" if shown else "")
+    name = type(rule).__name__
+    return (name if name.isidentifier() or "(" in name else f"({name})") + (f"({shown})" if shown else "")
 
 
 def _word(value: Any) -> str:
@@ -138,11 +140,15 @@ def _composes(node: ast.expr) -> bool:
 
 
 def _rule(node: ast.expr, source: str) -> Any:
-    """A rule by its name, or a composition of rules such as ScheduleFree(Adam)."""
+    """A rule by its name, or a composition of rules such as ScheduleFree(Adam) or Muon | Adam."""
     if isinstance(node, ast.Call) and _composes(node):
         if len(node.args) != 1 or node.keywords:
             raise ValueError(f"{_code(node)} in {_short(source)!r}: it takes one rule, values go behind it, ScheduleFree(Adam)(lr=0.01)")
         return getattr(rules, _name(node.func, source))(_rule(node.args[0], source))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        if any(isinstance(side, ast.BinOp) for side in (node.left, node.right)):
+            raise ValueError(f"{_code(node)} in {_short(source)!r}: two directions of one level are written (Muon | Adam) / Adam")
+        return Split(_rule(node.left, source), _rule(node.right, source))
     name = _name(node, source)
     if name in rules.__all__ and name not in COMPOSITIONS:
         return getattr(rules, name)

@@ -22,7 +22,7 @@ class Hyper(Level):
 
     Args:
         rule: the optimizer of this level: a rule (class or instance), the torch.optim class of the same name, or a live torch.optim
-            optimizer, whose groups, values and state `bind()` takes over. A live optimizer without a rule in this library, such as Muon,
+            optimizer, whose groups, values and state `bind()` takes over. A live optimizer without a rule in this library, such as SOAP,
             continues to run itself: only its lr is learned, from the displacement of the weights.
         learn: hyperparameters of this level for the level above to learn: a name, names, or "all" for each one whose value is strictly
             inside its domain. Default: lr alone.
@@ -119,8 +119,8 @@ class Hyper(Level):
         """Make the optimizer of this tower, a `torch.optim.Optimizer` over `params`.
 
         Args:
-            params: tensors, named tensors or group dicts, as for torch.optim; a group may have its own values. None for a tower made
-                from a live optimizer.
+            params: a module, or tensors, named tensors or group dicts, as for torch.optim; a group may have its own values. `Muon`, alone
+                or beside another rule, reads from a module which of its tensors are matrices. None for a tower made from a live optimizer.
             compile: fuse each step with torch.compile; on a CPU the most common step runs in hand-written C++. Default: False.
             hyper_every: step the levels above level 0 on every k-th step only. Default: 1.
 

@@ -1,0 +1,114 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, baddbmm, cat, lerp
+
+from ..domains import Positive, UnitInterval
+from ..rule import Rule, State, Values, hyper, root
+from .split import Splits
+
+EPS = 1e-7  # the least norm that is divided by, as in torch
+# The scale of an orthogonal factor of `rows` x `columns`, under torch's names.
+SCALES = {
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
+}
+
+
+@dataclass(frozen=True)
+class Muon(Rule, metaclass=Splits):
+    """Muon: momentum, orthogonalised. Equal to `torch.optim.Muon` at the same precision.
+
+        m = momentum·m + (1 − momentum)·g
+        n = momentum·m + (1 − momentum)·g   (nesterov; otherwise n = m)
+        U·S·Vᵀ = n
+        x = x − lr·(.2·√max(A, B)·U·Vᵀ + weight_decay·x)        for a matrix of A rows and B columns
+
+    U·Vᵀ is approximated by `ns_steps` steps of X ← a·X + b·(XXᵀ)X + c·(XXᵀ)²X from n/‖n‖, which with Jordan's coefficients a, b, c end at
+    singular values between .7 and 1.2, and not at 1; singular values of n below about a thousandth of the norm stay small. The entries of
+    a step have a root mean square of .2·lr, which is that of Adam's steps, so that both can share one lr.
+
+    A convolution filter is the matrix (out, in·k²). A vector is a matrix with one column: its step is along its gradient, normalised. A
+    tensor may hold several matrices, one below the other: a parameter group's entry `blocks` says how many, for all tensors or each, and
+    `bind(model)` finds them. Embeddings, the output head, norms and biases are usually better served by Adam, in the same tower:
+    `Muon | Adam`.
+
+    Args:
+        lr: learning rate, at least 0, default 1e-3; 0.5 above level 0, where it moves raw hyperparameters.
+        momentum: decay rate of the momentum, in [0, 1], default 0.95; at 0 there is no m.
+        weight_decay: decoupled weight decay, at least 0, default 0.1, as in torch; 0 above level 0.
+        nesterov: Nesterov momentum, default True.
+        adjust_lr_fn: the scale of U·Vᵀ: "match_rms_adamw", default, as above; "original", √max(1, A/B), which torch takes if nothing is
+            said; or "spectral_unclamped", √(A/B).
+        ns_steps: number of Newton-Schulz steps, default 5.
+        ns_coefficients: a, b, c, default Jordan's (3.4445, −4.775, 2.0315).
+        rows: orthogonalise blocks of at most this many rows by themselves, which bounds the cost by rows/min(A, B) of the whole.
+            Default: None, whole matrices.
+
+    Raises:
+        ValueError: a value outside its domain, or an option that is not one of those above.
+
+    Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); Liu et al. 2025 (arXiv 2502.16982) for the scale; Khaled et al.
+    2025 (MuonBP, arXiv 2510.16981) for blocks; torch.optim.Muon, which computes U·Vᵀ in bfloat16 and not in the dtype of the state.
+
+    >>> from hyperopt import Adam, Hyper, Muon
+    >>> Hyper(Muon | Adam, lr=0.01).stack(Adam)
+    Hyper('(Muon | Adam)(lr=0.01) / Adam')
+    """
+
+    lr: float = hyper(1e-3, Positive(), above=0.5)
+    momentum: float = hyper(0.95, UnitInterval())
+    weight_decay: float = hyper(0.1, Positive(), above=0.0)
+    nesterov: bool = True
+    adjust_lr_fn: str = "match_rms_adamw"
+    ns_steps: int = 5
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
+    rows: int | None = None
+    elementwise: ClassVar[bool] = False
+    first_moment = ("momentum",)
+    decoupled = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adjust_lr_fn not in SCALES:
+            raise ValueError(f"Muon(adjust_lr_fn={self.adjust_lr_fn!r}) is none of {', '.join(SCALES)}")
+        for name, value in (("ns_steps", self.ns_steps), ("rows", self.rows)):
+            if not (value is None and name == "rows") and (type(value) is not int or value < 1):
+                raise ValueError(f"Muon({name}={value!r}) must be a whole number, at least 1")
+        numbers = self.ns_coefficients
+        if not isinstance(numbers, tuple) or [type(c) for c in numbers] != [float] * 3:
+            raise ValueError(f"Muon(ns_coefficients={numbers!r}) must be three floats, such as (3.4445, -4.775, 2.0315)")
+
+    def init(self, x: Tensor) -> State:
+        return {"m": x.new_zeros(x.shape)} if self.momentum != 0 else {}
+
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        if self.momentum == 0:
+            return self._orthogonal(g), {}
+        m = lerp(state["m"], g, h.one_minus("momentum"))
+        return self._orthogonal(lerp(g, m, h.momentum) if self.nesterov else m), {"m": m}
+
+    def _orthogonal(self, n: Tensor) -> Tensor:
+        """`n` with each of its matrices orthogonalised and scaled."""
+        rows = n.shape[0] if n.dim() else 1
+        matrices = n.reshape(self.role.blocks, rows // self.role.blocks, n.numel() // max(rows, 1))
+        count = 1 if self.rows is None else max(1, math.ceil(matrices.shape[1] / self.rows))
+        parts = [self._scaled(part) for part in matrices.tensor_split(count, dim=1)]
+        return (parts[0] if count == 1 else cat(parts, dim=1)).reshape(n.shape)
+
+    def _scaled(self, matrices: Tensor) -> Tensor:
+        _, rows, columns = matrices.shape
+        return newton_schulz(matrices, self.ns_coefficients, self.ns_steps) * SCALES[self.adjust_lr_fn](rows, max(columns, 1))
+
+
+def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """U·Vᵀ of each matrix U·S·Vᵀ of a batch, approximately; 0 for a matrix of zeros."""
+    a, b, c = coefficients
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / root((x * x).sum((1, 2), keepdim=True)).clamp_min(EPS)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = baddbmm(x, baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
