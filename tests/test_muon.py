@@ -391,7 +391,10 @@ def test_compiled_is_eager(way, text, monkeypatch):
     assert (flat(models[0].parameters()) - flat(tiny(torch.float32).parameters())).norm() > 0.02
 
 
-def test_native_passes_make_adams_directions_and_are_given_muons():
+@pytest.mark.parametrize(
+    "text", [TOWERS[0], "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.1) / Adam", "(Muon | Adam)(eps=0.001, lr=0.01)"]
+)
+def test_native_passes_make_adams_directions_and_are_given_muons(text):
     from hyperopt.body.functions import installed
 
     if installed() is None:
@@ -399,8 +402,8 @@ def test_native_passes_make_adams_directions_and_are_given_muons():
     models = [tiny(torch.float32) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hyperopt.body.functions.installed", lambda: None)
-        plain = Hyper.parse(TOWERS[0]).bind(models[0])
-    native = Hyper.parse(TOWERS[0]).bind(models[1])
+        plain = Hyper.parse(text).bind(models[0])
+    native = Hyper.parse(text).bind(models[1])
     for step in range(8):
         train(models[0], plain, [step])
         train(models[1], native, [step])
@@ -448,6 +451,16 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_brings_the_roles(text):
     assert not differences(snapshot(model, optimizer)["model"], snapshot(other, resumed)["model"])
     assert not differences(snapshot(model, optimizer)["state"], snapshot(other, resumed)["state"])
     assert not differences(snapshot(model, optimizer), snapshot(*copied))
+
+
+def test_a_momentum_that_is_assigned_later_gets_its_state():
+    model = tiny()
+    optimizer = Hyper(Muon | Adam, momentum=0.0).stack(Adam).bind(model)
+    train(model, optimizer, range(2))
+    assert "m" not in optimizer.state[model.conv.weight]
+    optimizer.param_groups[0]["momentum"] = 0.5
+    train(model, optimizer, range(2, 4))
+    assert optimizer.state[model.conv.weight]["m"].any()
 
 
 def test_weights_stay_in_a_set():

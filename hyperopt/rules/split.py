@@ -95,8 +95,9 @@ class _Split(Rule):
         """An instance of each of the two rules with the values of this one."""
         made = []
         for base in self.bases:
-            names = {f.name for f in dataclasses.fields(base())} & {f.name for f in dataclasses.fields(self)}
-            made.append(dataclasses.replace(base(), **{name: getattr(self, name) for name in names}))
+            names = {f.name for f in dataclasses.fields(base())}
+            values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+            made.append(dataclasses.replace(base(), **values, **dict.fromkeys(names & {"decoupled"}, True)))
         return tuple(made)
 
     def serving(self, role: Role) -> Self:
