@@ -143,7 +143,7 @@ def test_any_shape_has_a_direction_and_no_gradient_none(shape):
 
 
 def test_blocks_are_tensors_of_their_own():
-    whole, parts = nn.Parameter(torch.randn(12, 4, dtype=torch.float64)), None
+    whole = nn.Parameter(torch.randn(12, 6, dtype=torch.float64))
     parts = [nn.Parameter(w.clone()) for w in whole.detach().split(4)]
     rows = nn.Parameter(whole.detach().clone())
     runs = [
@@ -152,7 +152,7 @@ def test_blocks_are_tensors_of_their_own():
         ([rows], Hyper(Muon, lr=0.1, rows=5).stack(Adam).bind([rows])),  # 12 rows in three blocks of at most 5
     ]
     for step in range(10):
-        g = torch.randn(12, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        g = torch.randn(12, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         for params, optimizer in runs:
             for p, mine in zip(params, g.split(12 // len(params)), strict=True):
                 p.grad = mine.clone()
@@ -167,6 +167,19 @@ def test_rows_that_the_blocks_leave_over_are_shared_out():
     sizes = (3, 2, 2)
     expected = [Muon(momentum=0.0).direction(part, {}, None, None)[0] for part in g.split(sizes)]
     torch.testing.assert_close(d, torch.cat(expected))
+
+
+def test_rows_leave_alone_what_is_cheap():
+    for shape in ((7, 3), (7,), (2, 9)):
+        g = torch.randn(shape)
+        assert torch.equal(Muon(momentum=0.0, rows=3).direction(g, {}, None, None)[0], Muon(momentum=0.0).direction(g, {}, None, None)[0])
+
+
+def test_a_vector_is_one_column_and_a_tiny_gradient_makes_a_small_step():
+    rule = Muon(momentum=0.0, adjust_lr_fn="original")
+    g = torch.randn(9, dtype=torch.float64)
+    torch.testing.assert_close(rule.direction(g, {}, None, None)[0], rule.direction(g[:, None], {}, None, None)[0][:, 0])
+    assert float(rule.direction(1e-12 * g, {}, None, None)[0].norm()) < 0.05 * float(rule.direction(g, {}, None, None)[0].norm())
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -220,6 +233,9 @@ def test_roles_of_a_transformer():
     model["head"].weight = model["embed"].weight  # tied
     names = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
     assert found(model) == {f"body.layers.{i}.{name}": 3 if "in_proj" in name else 1 for i in range(2) for name in names}
+    shared = nn.ModuleList([nn.Embedding(5, 8), nn.Linear(8, 5), nn.Linear(5, 2)])
+    shared[1].weight = shared[0].weight
+    assert found(shared) == {}
     apart = nn.ModuleList([nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True), nn.Linear(8, 1)])
     assert found(apart) == {f"0.{name}": 1 for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")}
 
@@ -542,6 +558,32 @@ def test_what_has_no_meaning_is_refused(make, error, message):
 
 def test_annotations_are_still_unions():
     assert Muon in (Muon | None).__args__
+
+
+@pytest.mark.parametrize("options", ["learn=(lr, beta2)", "project=Ball(2.0)", "learn=(lr, momentum), project=Ball(2.0)"])
+def test_a_matrix_of_the_rest_is_stepped_as_by_that_rule_alone(options):
+    """In a feasible set, whose metric is the rule's, and where the update is differentiated as a whole."""
+    ours, theirs = matrices()[:1], matrices()[:1]  # several would be gathered in a vector
+    tower = Hyper.parse(f"(Muon | Adam)(lr=0.01, {options}) / SGD(lr=0.001)")
+    optimizer = tower.bind([{"params": ours, "rule": "Adam"}])
+    reference = Hyper.parse(f"Adam(lr=0.01, {options.replace('(lr, momentum)', 'lr')}) / SGD(lr=0.001)").bind(theirs)
+    descend(ours, optimizer)
+    descend(theirs, reference)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert reference.hyperparameters()["0.lr"] != 0.01
+    torch.testing.assert_close(*(run.hyperparameters()["0.lr"] for run in (optimizer, reference)), rtol=1e-10, atol=0)
+
+
+@pytest.mark.usefixtures("graphs", "operations_of_torch")
+def test_compiled_code_of_one_role_is_not_taken_for_another(monkeypatch):
+    monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
+    runs = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+        runs.append((params, Hyper(Muon, lr=0.01).stack(Adam).bind([{"params": params, "blocks": [1, 2]}], compile=compile)))
+        descend(*runs[-1], 8)
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-5)
 
 
 def test_any_two_rules_can_share_a_tower():

@@ -44,8 +44,8 @@ class Muon(Rule, metaclass=Splits):
             said; or "spectral_unclamped", √(A/B).
         ns_steps: number of Newton-Schulz steps, default 5.
         ns_coefficients: a, b, c, default Jordan's (3.4445, −4.775, 2.0315).
-        rows: orthogonalise blocks of at most this many rows by themselves, which bounds the cost by rows/min(A, B) of the whole.
-            Default: None, whole matrices.
+        rows: orthogonalise blocks of at most this many rows by themselves where both sides of a matrix are longer. The cost is then
+            rows/min(A, B) of that of the whole. Default: None, whole matrices.
 
     Raises:
         ValueError: a value outside its domain, or an option that is not one of those above.
@@ -94,7 +94,8 @@ class Muon(Rule, metaclass=Splits):
         """`n` with each of its matrices orthogonalised and scaled."""
         rows = n.shape[0] if n.dim() else 1
         matrices = n.reshape(self.role.blocks, rows // self.role.blocks, n.numel() // max(rows, 1))
-        count = 1 if self.rows is None else max(1, math.ceil(matrices.shape[1] / self.rows))
+        large = self.rows is not None and min(matrices.shape[1:]) > self.rows
+        count = math.ceil(matrices.shape[1] / self.rows) if large else 1
         parts = [self._scaled(part) for part in matrices.tensor_split(count, dim=1)]
         return (parts[0] if count == 1 else cat(parts, dim=1)).reshape(n.shape)
 
