@@ -94,8 +94,9 @@ class Muon(Rule, metaclass=Splits):
         """`n` with each of its matrices orthogonalised and scaled."""
         rows = n.shape[0] if n.dim() else 1
         matrices = n.reshape(self.role.blocks, rows // self.role.blocks, n.numel() // max(rows, 1))
-        large = self.rows is not None and min(matrices.shape[1:]) > self.rows
-        count = math.ceil(matrices.shape[1] / self.rows) if large else 1
+        count = 1
+        if self.rows is not None and min(matrices.shape[1:]) > self.rows:
+            count = math.ceil(matrices.shape[1] / self.rows)
         parts = [self._scaled(part) for part in matrices.tensor_split(count, dim=1)]
         return (parts[0] if count == 1 else cat(parts, dim=1)).reshape(n.shape)
 
