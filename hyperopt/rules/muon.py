@@ -26,9 +26,9 @@ class Muon(Rule, metaclass=Splits):
         U·S·Vᵀ = n
         x = x − lr·(.2·√max(A, B)·U·Vᵀ + weight_decay·x)        for a matrix of A rows and B columns
 
-    U·Vᵀ is approximated by `ns_steps` steps of X ← a·X + b·(XXᵀ)X + c·(XXᵀ)²X from n/‖n‖, which with Jordan's coefficients a, b, c end at
-    singular values between .7 and 1.2, and not at 1; singular values of n below about a thousandth of the norm stay small. The entries of
-    a step have a root mean square of .2·lr, which is that of Adam's steps, so that both can share one lr.
+    U·Vᵀ is approximated by `ns_steps` steps of X ← a·X + b·(XXᵀ)X + c·(XXᵀ)²X from n/‖n‖. With Jordan's a, b, c, singular values end
+    between .68 and 1.21, and not at 1, and those below two thousandths of the norm of n may stay smaller. The entries of a step have a
+    root mean square of about .2·lr, which is that of Adam's steps, so that both can share one lr.
 
     A convolution filter is the matrix (out, in·k²). A vector is a matrix with one column: its step is along its gradient, normalised. A
     tensor may hold several matrices, one below the other: a parameter group's entry `blocks` says how many, for all tensors or each, and
@@ -51,7 +51,8 @@ class Muon(Rule, metaclass=Splits):
         ValueError: a value outside its domain, or an option that is not one of those above.
 
     Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); Liu et al. 2025 (arXiv 2502.16982) for the scale; Khaled et al.
-    2025 (MuonBP, arXiv 2510.16981) for blocks; torch.optim.Muon, which computes U·Vᵀ in bfloat16 and not in the dtype of the state.
+    2025 (MuonBP, arXiv 2510.16981) for blocks, here without its whole steps in between; torch.optim.Muon, which computes U·Vᵀ in bfloat16
+    and not in the dtype of the state.
 
     >>> from hyperopt import Adam, Hyper, Muon
     >>> Hyper(Muon | Adam, lr=0.01).stack(Adam)
