@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import adopt, checkpoint, driven, held_out
+from .body.shards import local
 from .group import Group
 from .guards import every
 from .param_group import check_arguments, check_parameters, prepared
@@ -137,7 +138,7 @@ class HyperOptimizer(Optimizer):
         Raises:
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
-        found = [(p, group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
+        found = [(local(p), group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
         pairs = [(p, average) for p, average in found if average is not None]
         if self._averaged or not pairs:
             yield
@@ -175,7 +176,7 @@ class HyperOptimizer(Optimizer):
         """
         self._check_saves()
         driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
-        return super().state_dict() | driven
+        return checkpoint.whole(super().state_dict(), self.param_groups) | driven
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint; training then goes on bit for bit.
