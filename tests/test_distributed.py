@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hyperopt import Adam, Hyper, ScheduleFree
+from hyperopt.body.part import STAGES
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
@@ -185,8 +186,8 @@ def test_meshes_of_two_dimensions_and_tensor_parallel(tmp_path):
 
 
 def _reductions(rank, ranks, folder):
-    """Groups, live optimizers, held-out losses, compilation."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     with processes(rank, ranks, folder):
         mesh = init_device_mesh("cpu", (ranks,))
@@ -201,6 +202,15 @@ def _reductions(rank, ranks, folder):
             optimizer.step()
             assert bool(differences(before, weights(model))) == (step < 2)
             assert_ranks_agree(optimizer)
+        # A shard that lies elsewhere than when the tower was bound, as FSDP2 may move it before the first forward pass.
+        w = nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)]))
+        optimizer = Hyper(Adam, lr=0.1).stack(Adam).bind([w])
+        for _ in range(2):
+            before = whole(w)
+            w.grad = torch.ones_like(w)
+            w._local_tensor = w._local_tensor.clone()
+            optimizer.step()
+            assert (whole(w) < before).all()
         # A live optimizer whose state is sharded.
         model, twin = fully_sharded(net(torch.float64), mesh), net(torch.float64)
         optimizer, other = (torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, twin))
@@ -251,6 +261,7 @@ def _compiled(rank, ranks, folder):
             assert_ranks_agree(optimizer)
         assert_same((model, optimizer), (twin, other), 1e-5)
         assert optimizer._groups()[0]._step.compiled.fused
+        assert optimizer._groups()[0].body.mode == STAGES
 
 
 def test_compiled_steps(tmp_path):
