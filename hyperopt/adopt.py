@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .body.shards import local, placed
 from .rule import Rule
 from .rules import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from .rules.black_box import BlackBox
@@ -76,9 +77,9 @@ def state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, Tensor]]:
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         for theirs, ours in counterpart.state.items():
             if state.get(theirs) is not None:
-                value = state[theirs].detach().to(p.device, dtype) - owner.get(counterpart.included.get(theirs, ""), 0)
+                value = placed(state[theirs].detach(), p).to(p.device, dtype) - owner.get(counterpart.included.get(theirs, ""), 0)
                 # State that torch has once per tensor, such as NAdam's product, is per coordinate in this library.
-                found[ours] = value.expand_as(p).clone()
+                found[ours] = value.expand_as(local(p)).clone()
         # torch.optim.SGD does not count its steps, and its rule only asks whether there was one.
         steps = float(state.get("step", 1.0 if found else 0.0))
         out[p] = {"t": torch.as_tensor(steps, dtype=dtype, device=p.device), **found}

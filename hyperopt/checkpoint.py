@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .body import shards
 from .rule import check as check_value
 from .spec.level import Level
 
@@ -71,8 +72,15 @@ def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str
             raise ValueError(f"the checkpoint's group has no set and this one project={group['project']}: bind a group without one")
 
 
+def whole(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint with the state of each DTensor as a DTensor, placed alike."""
+    params = [p for group in param_groups for p in group["params"]]
+    states = state_dict["state"].items()
+    return state_dict | {"state": {i: {key: shards.whole(value, params[i]) for key, value in state.items()} for i, state in states}}
+
+
 def states(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
     """The state of each parameter in its own dtype: torch casts it to the parameter's, which would round float32 tangents to bfloat16."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     pairs = [(p, state_dict["state"][i]) for i, p in zip(ids, params, strict=True) if i in state_dict["state"]]
-    return {p: {key: value.to(p.device, copy=True) for key, value in state.items()} for p, state in pairs}
+    return {p: {key: shards.placed(value, p).to(p.device, copy=True) for key, value in state.items()} for p, state in pairs}

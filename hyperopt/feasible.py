@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ ITERATIONS = 12
 @dataclass(frozen=True)
 class Feasible(ABC):
     """A closed convex set of weights."""
+
+    elementwise: ClassVar[bool] = False  # whether each weight is projected apart from the others
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(repr(getattr(self, f.name)) for f in fields(self))})"
@@ -53,6 +56,7 @@ class Box(Feasible):
     Hyper('Adam(project=Box(0.0, inf)) / Adam')
     """
 
+    elementwise: ClassVar[bool] = True
     lo: float
     hi: float
 

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import distributed
 from .body import choose
 from .body.buffers import Buffer, Record
 from .body.compiled import is_right
 from .body.graph import Graph
+from .body.shards import local
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
 from .param_group import check_step
@@ -48,6 +50,7 @@ class Group:
         self.live: dict[str, Tensor] = {}
         self.buffers: list[Buffer] = []
         self.check()
+        distributed.check(self.params, spec)
         fresh = {"format": FORMAT, "structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}}
         self.tower: dict[str, Any] = group.setdefault("tower", fresh)
         self.tower["shapes"] = [list(p.shape) for p in self.params]
@@ -81,13 +84,13 @@ class Group:
         for name in differ | set(self.tower.get("watched", [])):
             self._changed(name)
         kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
-        # The checkpoint may be of a model whose tensors had other dtypes or were on other devices, and a live optimizer that was taken
-        # over has state but no partition.
-        mixed = [part for part in kept if len({(p.dtype, p.device) for p in part}) > 1]
+        # The checkpoint may be of a model whose tensors had other dtypes or were on other devices or ranks, and a live optimizer that
+        # was taken over has state but no partition.
+        mixed = [part for part in kept if len({(p.dtype, p.device, self.body.ranks.share(p)) for p in part}) > 1]
         known = {p for part in kept for p in part}
         loose = [p for part in mixed for p in part] + [p for p in self.params if "t" in self.state.get(p, {}) and p not in known]
         parts = [part for part in kept if not any(part is m for m in mixed)]
-        parts += choose.parts(loose, self.state, self._serving, compile=self.compile)
+        parts += choose.parts(loose, self.state, self._serving, self.body.ranks, compile=self.compile)
         self._partition([self._buffer(part) for part in parts])
 
     def _to(self, value: Tensor) -> Tensor:
@@ -101,7 +104,8 @@ class Group:
 
     def _buffer(self, params: list[Tensor]) -> Buffer:
         positions = choose.spread(params, self.params, self.spec)
-        return Buffer(params, [self.state[p] for p in params], self._serving(params[0]), positions, derives=self._derives())
+        share, rule = self.body.ranks.share(params[0]), self._serving(params[0])
+        return Buffer(params, [self.state[p] for p in params], rule, positions, derives=self._derives(), share=share)
 
     def _serving(self, p: Tensor) -> Rule:
         """The rule as it steps one tensor, and those of the same role."""
@@ -169,7 +173,7 @@ class Group:
         # From now on the two halves of a mixed buffer have different step counts.
         halves = [[p for p in b.tensors if (p.grad is None) == absent] for b in mixed for absent in (True, False)]
         kept = [b for b in self.buffers if b not in mixed]
-        new = [*halves, *choose.parts(fresh, self.state, self._serving, compile=self.compile)]
+        new = [*halves, *choose.parts(fresh, self.state, self._serving, self.body.ranks, compile=self.compile)]
         self._partition(kept + [self._buffer(part) for part in new])
         return [b for b in self.buffers if b.tensors[0].grad is not None]
 
@@ -185,14 +189,16 @@ class Group:
             grads: its gradient, by parameter; None where it does not depend on one.
             key: where the gradient was taken: "x" for the weights, or the name of the state that stood in their place.
         """
-        kept = self.tower.get("held_out")
-        shares = [kept] if kept else []
+        shares = []
         for buffer in self.buffers:
             found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in buffer.tensors]
             g = buffer.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
             buffer.gather()
             shares.append(self.body.hypergradient.of(buffer, g, key))
-        self.tower["held_out"] = self.body.hypergradient.combined(shares)
+        q = self.body.hypergradient.combined(shares)
+        q = dict(zip(q, self.body.ranks.sum(list(q.values())), strict=True))
+        kept = self.tower.get("held_out")
+        self.tower["held_out"] = self.body.hypergradient.combined([kept, q]) if kept else q
 
     def step(self, ok: Tensor | None, every: int) -> None:
         """Step the tower, with the gradients that `collect` found.
@@ -214,7 +220,7 @@ class Group:
         record, name = self.state.get(p, {}), self.rule.average
         if not name or "t" not in record:
             return None
-        return record[name] if name in record else recovered(self.rule, p.detach(), record)
+        return record[name] if name in record else recovered(self.rule, local(p).detach(), record)
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""

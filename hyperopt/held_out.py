@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .body.shards import is_shared
 from .spec.level import Level
 
 
@@ -19,7 +20,24 @@ def gradients(loss: Tensor, params: Sequence[Tensor], tower: Level) -> dict[Tens
         raise ValueError(f"hyper_backward needs a loss of one number that depends on the parameters, got {got}")
     trained = [p for p in params if p.requires_grad]
     grads: dict[Tensor, Tensor | None] = dict.fromkeys(params)
-    grads |= dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        grads |= _averaged(loss, trained)
+    else:
+        grads |= dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
     if all(g is None for g in grads.values()):
         raise ValueError("hyper_backward was given a loss that depends on none of the parameters: make it from the model as it is now")
     return grads
+
+
+def _averaged(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
+    """The gradient that a backward pass leaves in .grad: DDP and FSDP average over ranks only on the way there."""
+    kept = [p.grad if p.grad is None or p.grad._base is None else p.grad.clone() for p in params]  # DDP may reuse what it has a view of
+    for p in params:
+        p.grad = None
+    try:
+        # The parameters of FSDP2 are no part of the graph, the whole ones that it gathers are.
+        loss.backward(inputs=None if any(map(is_shared, params)) else list(params))
+        return {p: p.grad for p in params}
+    finally:
+        for p, grad in zip(params, kept, strict=True):
+            p.grad = grad

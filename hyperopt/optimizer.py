@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import adopt, checkpoint, driven, held_out, roles
+from .body.shards import local
 from .group import Group
 from .guards import every
 from .param_group import check_arguments, check_parameters, prepared
@@ -101,9 +102,10 @@ class HyperOptimizer(Optimizer):
         """Let the next step learn its hyperparameters from this loss, on held-out data for example, instead of the training loss.
 
         Its gradient is pulled through the tangents of the weights as they are; under `averaged()` through those of the averaged weights,
-        which makes the decay of an average learnable. Parameters and their .grad stay as they are. Hypergradients of several calls before
-        a step add up. With bind(…, hyper_every=…) larger than the run, nothing is learned from the training loss. Before the first step
-        there are no tangents, and nothing is learned.
+        which makes the decay of an average learnable. Parameters and their .grad stay as they are. Of several processes
+        the gradients are averaged, if the loss comes from the wrapped model. Hypergradients of several calls before a step add up. With
+        bind(…, hyper_every=…) larger than the run, nothing is learned from the training loss. Before the first step there are no
+        tangents, and nothing is learned.
 
         Args:
             loss: 0-d, made from the model as it is now.
@@ -134,12 +136,12 @@ class HyperOptimizer(Optimizer):
         """Inside this context the parameters hold the averaged weights, to evaluate with; they come back bit for bit.
 
         It does nothing for a rule that does not average, and may be nested. The statistics of BatchNorm belong to other weights:
-        `batch_statistics(model, batches)` recomputes them.
+        `batch_statistics(model, batches)` recomputes them. With FSDP2, call `model.reshard()` at the end: its root keeps what it gathered.
 
         Raises:
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
-        found = [(p, group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
+        found = [(local(p), group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
         pairs = [(p, average) for p, average in found if average is not None]
         if self._averaged or not pairs:
             yield
@@ -177,7 +179,7 @@ class HyperOptimizer(Optimizer):
         """
         self._check_saves()
         driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
-        return super().state_dict() | driven
+        return checkpoint.whole(super().state_dict(), self.param_groups) | driven
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint; training then goes on bit for bit.

@@ -59,8 +59,6 @@ def check_parameters(params: Sequence[Tensor]) -> None:
         if p.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors, {names}")
-        if hasattr(p, "to_local"):
-            raise TypeError("a sharded parameter (DTensor, as FSDP2 makes them) cannot be trained here: DDP's whole ones can")
 
 
 def check_step(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .body import choose
 from .body.buffers import Buffer
 from .body.part import Part
+from .body.shards import Ranks
 from .domains import Interval, Positive
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
 from .hyperparameter import Hyperparameter, Hyperparameters
@@ -64,7 +65,8 @@ class Tree:
         tangents = Tangents(rule, domains, gamma(spec.horizon), coupled=spec.project is not None)
         trust = spec.trust_at(level)
         graph = spec.strategy == "graph"
-        part = Part(level, rule, hypers, tangents, trust, spec.project, compiled=self.compile and not graph)
+        ranks = Ranks(() if level else self.params)
+        part = Part(level, rule, hypers, tangents, trust, spec.project, compiled=self.compile and not graph, ranks=ranks)
         chosen = choose.body(part, self.params, graph=graph)
         chosen.buffers = buffers
         guards = self._guards(level, rule, own, domains, trust, above, self.records.setdefault(label, {}))

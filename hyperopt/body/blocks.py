@@ -68,10 +68,11 @@ def blocks(buffer: Buffer, g: Tensor, *, split: bool) -> list[Block]:
     return found
 
 
-def norm(x: Tensor) -> Tensor:
-    """‖x‖, in half of the time that torch.linalg.vector_norm takes."""
+def norm(x: Tensor, share: float = 1.0) -> Tensor:
+    """‖x‖, with squares weighted by `share`; in half of the time that torch.linalg.vector_norm takes."""
     flat = x.reshape(-1)
-    return torch.dot(flat, flat).sqrt()
+    square = torch.dot(flat, flat)
+    return (square if share == 1 else square * share).sqrt()
 
 
 def combined(numbers: Sequence[Tensor], pairwise: Callable[[Tensor, Tensor], Tensor], whole: Callable[[Tensor], Tensor]) -> Tensor:

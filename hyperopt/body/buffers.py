@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule, State, recovered
+from .shards import is_shared, local, placed
 
 # Elements that are stepped at once in eager mode, so that intermediates stay in the cache. Where kernels are launched, each block needs
 # its own launches: on an H100 four blocks made the step of a GPT of 800,000 weights 2.9 times as long as torch's fused Adam, one 1.7
@@ -29,13 +30,15 @@ class Buffer:
     Everything is computed in float32, in float64 for float64 tensors, whatever dtype the tensors have.
 
     Args:
-        tensors: parameters of the model, or the raw hyperparameters of a node below; of one device and dtype.
+        tensors: parameters of the model, or the raw hyperparameters of a node below; of one device and dtype. Of DTensors what this rank
+            holds is stepped.
         records: for each tensor the mapping in which its state is kept; entries that are there already are taken over.
         rule: initialises the state where there is none.
         spread: for hyperparameters with a value per tensor or per coordinate, the position in that vector of each element, tensor
             by tensor, and the length of the vector.
         limits: the interval in which x must stay, for raw hyperparameters.
         derives: recompute the average of a rule that averages from its other states, where the weights have the dtype of the state.
+        share: the weight of sums over this buffer in sums over all ranks.
     """
 
     def __init__(
@@ -47,13 +50,16 @@ class Buffer:
         limits: tuple[Tensor, Tensor] | None = None,
         *,
         derives: bool = False,
+        share: float = 1.0,
     ) -> None:
         self.tensors, self.records, self.limits, self.rule = list(tensors), list(records), limits, rule
         self.serial = next(_serials)
-        like = self.tensors[0]
-        self.numel = sum(t.numel() for t in self.tensors)
+        self.shared, self.share = any(map(is_shared, self.tensors)), share
+        self.shards = [local(t) for t in self.tensors]  # what this rank holds of each tensor
+        like = self.shards[0]
+        self.numel, self.total = sum(t.numel() for t in self.shards), sum(t.numel() for t in self.tensors)
         # Gathered in their own memory order, channels_last for example: a copy between orders needs a kernel for each tensor.
-        places = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in self.tensors]
+        places = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in self.shards]
         self.strides = [torch.empty_like(place).stride() for place in places]
         self.block = BLOCK if like.device.type == "cpu" else BLOCK_LAUNCHED
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -83,21 +89,23 @@ class Buffer:
 
     def gather(self) -> None:
         """Copy the tensors into the flat buffer, where there is one."""
+        if self.shared:
+            self.shards = [local(t) for t in self.tensors]  # FSDP2 moves shards that it pads, before the first step
         if not self.direct:
             if self._x is None:
                 self._x = self.empty()
                 self._x_views = self.views(self._x)
-            _copy(self._x_views, self.tensors)
+            _copy(self._x_views, self.shards)
 
     def scatter(self) -> None:
         """Copy the flat buffer back to the tensors, rounding to their dtype."""
         if not self.direct:
-            _copy(self.tensors, self._x_views)
+            _copy(self.shards, self._x_views)
 
     def x(self) -> Tensor:
         """The values of the tensors, as gathered last."""
         if self.direct:
-            return self.tensors[0].detach()
+            return self.shards[0].detach()
         if self._x is None:
             self.gather()
         assert self._x is not None
@@ -105,6 +113,7 @@ class Buffer:
 
     def gradient(self, grads: Sequence[Tensor], maximize: bool) -> Tensor:
         """The gradients of the tensors, gathered; not to be changed where there is one tensor."""
+        grads = self._held(grads)
         if self.direct:
             return -grads[0] if maximize else grads[0]
         if self._g is None:
@@ -115,6 +124,7 @@ class Buffer:
 
     def side_by_side(self, tensors: Sequence[Tensor]) -> Tensor:
         """A tensor for each of this buffer's, in the shape and dtype in which the buffer is stepped."""
+        tensors = self._held(tensors)
         if not self.flat:
             return tensors[0].to(self.dtype)
         whole = self.empty()
@@ -132,6 +142,8 @@ class Buffer:
 
     def inner(self, name: str, g: Tensor, z: Tensor, cut: slice | None = None) -> Tensor:
         """⟨g, z⟩ over the buffer or a block of it, summed over the coordinates that share one value of the hyperparameter `name`."""
+        if self.share != 1:
+            z = z * self.share
         if name not in self.positions:
             return torch.dot(g.reshape(-1), z.reshape(-1))
         positions, size = self.positions[name]
@@ -169,11 +181,11 @@ class Buffer:
         x = self.x()
         kept = tuple((name, *tangent) for name, tangent in self.tangents.items())
         names = tuple(self.state), kept, tuple(self.positions), tuple(sorted(self.numbers))
-        return x.shape, x.stride(), x.dtype, x.device, self.rule.role, *names
+        return x.shape, x.stride(), x.dtype, x.device, self.share, self.rule.role, *names
 
     def empty(self) -> Tensor:
         """A new tensor in the shape in which the buffer is stepped."""
-        like = self.tensors[0]
+        like = self.shards[0]
         shape = (self.numel,) if self.flat else like.shape
         return torch.empty(shape, dtype=self.dtype, device=like.device)
 
@@ -181,8 +193,8 @@ class Buffer:
         """The part of `buffer` that belongs to each tensor, in its shape."""
         if not self.flat:
             return [buffer]
-        parts = buffer.split([t.numel() for t in self.tensors])
-        return [part.as_strided(t.shape, stride) for part, t, stride in zip(parts, self.tensors, self.strides, strict=True)]
+        parts = buffer.split([t.numel() for t in self.shards])
+        return [part.as_strided(t.shape, stride) for part, t, stride in zip(parts, self.shards, self.strides, strict=True)]
 
     def is_number(self, key: str) -> bool:
         """Whether a record's entry is one number for the whole buffer."""
@@ -202,10 +214,14 @@ class Buffer:
             state[rule.average] = recovered(rule, x, {key: self._load(key) for key in (rule.moved, "mix")})
         return state
 
+    def _held(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What this rank holds of tensors like this buffer's."""
+        return [placed(a, t) for a, t in zip(tensors, self.tensors, strict=True)] if self.shared else tensors
+
     def _in_order(self, positions: Tensor) -> Tensor:
         """What is given for each element, tensor by tensor, in the order in which the buffer has them."""
         if not self.flat:
-            return positions.view(self.tensors[0].shape)
+            return positions.view(self.shards[0].shape)
         ordered = torch.empty_like(positions)
         views = self.views(ordered)
         for view, part in zip(views, positions.split([view.numel() for view in views]), strict=True):
@@ -214,7 +230,7 @@ class Buffer:
 
     def _load(self, key: str) -> Tensor:
         if self.is_number(key):
-            return self.records[0][key].detach().to(self.tensors[0].device, self.dtype, copy=True)
+            return self.records[0][key].detach().to(self.shards[0].device, self.dtype, copy=True)
         buffer = self.empty()
         _copy(self.views(buffer), [record[key] for record in self.records])
         return buffer

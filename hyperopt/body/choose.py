@@ -19,6 +19,7 @@ from .graph import Graph
 from .kernels import kernel
 from .native import Native
 from .part import EAGER, STAGES, WHOLE, Part
+from .shards import Ranks, held, local
 from .tables import serves
 
 # Elements from which on a tensor is stepped in place: gathering then costs more than one more round of kernels. A few fused rounds are
@@ -50,20 +51,21 @@ def body(part: Part, params: Sequence[Tensor], *, graph: bool) -> Eager:
 
 
 def parts(
-    params: Sequence[Tensor], state: Mapping[Tensor, Record], serving: Callable[[Tensor], Rule], *, compile: bool
+    params: Sequence[Tensor], state: Mapping[Tensor, Record], serving: Callable[[Tensor], Rule], ranks: Ranks, *, compile: bool
 ) -> Iterator[list[Tensor]]:
-    """Parameters that can be stepped as one: of one device, dtype, role and step count, with the same things kept for each."""
+    """Parameters that can be stepped as one: of one device, dtype, role and step count, with the same things kept for each, and on as
+    many ranks. All ranks find the same."""
     found: dict[Any, list[Tensor]] = {}
-    few = compile and sum(p.numel() >= LARGE_FUSED for p in params) < PIECES
+    few = compile and sum(held(p) >= LARGE_FUSED for p in params) < PIECES
     for p in params:
         record = state[p]
         rule = serving(p)
-        key = (p.device, p.dtype, rule.role.direction, float(record["t"]) if "t" in record else 0.0, tuple(record))
+        key = (p.device, p.dtype, ranks.share(p), rule.role.direction, float(record["t"]) if "t" in record else 0.0, tuple(record))
         large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
-        if p.numel() >= large or not rule.elementwise:
+        if held(p) >= large or not rule.elementwise:
             key = (*key, p)
         part = found.setdefault(key, [])
-        if part and sum(q.numel() for q in part) + p.numel() > CAPACITY:
+        if part and sum(map(held, part)) + held(p) > CAPACITY:
             yield found.pop(key)
             part = found.setdefault(key, [])
         part.append(p)
@@ -77,7 +79,7 @@ def spread(params: Sequence[Tensor], every: Sequence[Tensor], spec: Level) -> di
     ends = list(itertools.accumulate((1 if spec.per == "tensor" else p.numel() for p in every), initial=0))
     starts = dict(zip(every, ends, strict=False))
     if spec.per == "tensor":
-        found = [torch.full((p.numel(),), starts[p], device=p.device) for p in params]
+        found = [torch.full((local(p).numel(),), starts[p], device=p.device) for p in params]
     else:
         found = [torch.arange(starts[p], starts[p] + p.numel(), device=p.device) for p in params]
     return dict.fromkeys(spec.learning, (torch.cat(found), ends[-1]))
@@ -105,7 +107,8 @@ class Runner:
         buffers = self.body.buffers
         numel = sum(buffer.numel for buffer in buffers)
         native = not gs
-        whole = native or (len(buffers) <= PIECES and numel <= CAPACITY)
+        # What ranks tell each other is not compiled, and stands between stages.
+        whole = native or (len(buffers) <= PIECES and numel <= CAPACITY and not self.body.ranks)
         kind = self.body.kind(), self.body.hypers.watched, learn, q is None, len(buffers), numel
         if whole and not native:
             kind = *kind, *(_memory(buffer, g) for buffer, g in zip(buffers, gs, strict=True))

@@ -25,7 +25,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Eager:
-    """The passes over x that a step takes, for every rule and everything learned.
+    """The passes over x that a step takes, for every rule and everything learned. Sums over sharded weights are over all ranks.
 
         pull        first pass: is g finite? q = Zᵀg
         measure     how large the step would be
@@ -39,7 +39,7 @@ class Eager:
     """
 
     def __init__(self, part: Part, kernel: Kernel | None = None) -> None:
-        self.level, self.rule, self.hypers, self.tangents = part.level, part.rule, part.hypers, part.tangents
+        self.level, self.rule, self.hypers, self.tangents, self.ranks = part.level, part.rule, part.hypers, part.tangents, part.ranks
         self.trust, self.feasible, self.arithmetic = part.trust, part.feasible, Selected if part.compiled else Weighted
         self.buffers: Sequence[Buffer] = ()  # those that have a gradient in this step
         self.blocks: list[Block] = []
@@ -70,7 +70,7 @@ class Eager:
 
     def finite(self, gs: Sequence[Tensor]) -> Tensor:
         """1. if all gradients are finite, 0. otherwise."""
-        return is_finite(combined([g.sum().to(self.hypers.like) for g in gs], torch.add, torch.sum))
+        return is_finite(*self.ranks.sum([combined([g.sum().to(self.hypers.like) for g in gs], torch.add, torch.sum)]))
 
     def finish(self) -> None:
         """Copy the weights back to where they belong."""
@@ -111,7 +111,9 @@ class Eager:
         self.blocks = self._blocks(gs)
         total = combined([total.to(self.hypers.like) for total, _ in looks], torch.add, torch.sum)
         shares = [share for _, share in looks if share]
-        return is_finite(total), self.hypergradient.combined(shares) if shares else {}
+        q = self.hypergradient.combined(shares) if shares else {}
+        total, *pulled = self.ranks.sum([total, *q.values()])
+        return is_finite(total), dict(zip(q, pulled, strict=True))
 
     def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[Tensor, Raw]:
         """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, and its share of Zᵀg."""
@@ -127,8 +129,8 @@ class Eager:
         moves, places = zip(*[self.run(self.size, block, r, ok) for block in self.blocks], strict=True)
         if self.level:
             return Size(combined(moves, torch.maximum, torch.amax).to(self.hypers.like), self.steps())
-        place = combined(places, torch.hypot, torch.linalg.vector_norm).clamp_min(self.floor())
-        return Size((combined(moves, torch.hypot, torch.linalg.vector_norm) / place).to(self.hypers.like), self.steps())
+        move, place = self.ranks.norms([combined(each, torch.hypot, torch.linalg.vector_norm) for each in (moves, places)])
+        return Size((move / place.clamp_min(self.floor())).to(self.hypers.like), self.steps())
 
     def size(self, block: Block, r: Raw, ok: Tensor) -> tuple[Tensor, Tensor]:
         """How far the step takes that which lr moves, and how large that is."""
@@ -144,8 +146,8 @@ class Eager:
                 block.made = d, own
         if lr is not None and lr.dim():
             move, lr = move * lr, None
-        size = move.abs().amax() if self.level else norm(move)
-        return size if lr is None else size * lr, place if self.level else norm(place)
+        size = move.abs().amax() if self.level else norm(move, block.buffer.share)
+        return size if lr is None else size * lr, place if self.level else norm(place, block.buffer.share)
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         """Take the step at `r`: `sound` is 0. for tangents that start again, `keep` a factor on those of lr."""
@@ -241,7 +243,7 @@ class Eager:
 
     def floor(self) -> float:
         """The least norm that the weights count as."""
-        return FLOOR * max(1, sum(buffer.numel for buffer in self.buffers)) ** 0.5
+        return FLOOR * max(1, sum(buffer.total for buffer in self.buffers)) ** 0.5
 
     def _blocks(self, gs: Sequence[Tensor]) -> list[Block]:
         split = self.mode == EAGER and self.feasible is None
