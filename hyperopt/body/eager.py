@@ -93,8 +93,8 @@ class Eager:
     # ---- the three passes
 
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
-        """1. if all gradients are finite (None: they are known to be); the hypergradients, where they are wanted and there are tangents."""
-        wanted = wanted and self.ready()
+        """1. if all gradients are finite (None: they are known to be); the hypergradients, where they are wanted."""
+        wanted = wanted and bool(self.tangents.names)
         if self.level:
             (buffer,), (g,) = self.buffers, gs
             x = buffer.tensors[0]
@@ -110,8 +110,7 @@ class Eager:
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
         self.blocks = self._blocks(gs)
         total = combined([total.to(self.hypers.like) for total, _ in looks], torch.add, torch.sum)
-        shares = [share for _, share in looks if share]
-        return is_finite(total), self.hypergradient.combined(shares) if shares else {}
+        return is_finite(total), self.hypergradient.combined([share for _, share in looks]) if wanted else {}
 
     def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[Tensor, Raw]:
         """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, and its share of Zᵀg."""
@@ -228,10 +227,6 @@ class Eager:
         t, known = block.t, self.hypers.like
         plain = not block.buffer.positions and t.dtype == known.dtype and t.device == known.device
         return self.hypers.values(r, None if plain else block.spread)
-
-    def ready(self) -> bool:
-        """Whether there are tangents."""
-        return bool(self.tangents.names) and any(buffer.tangents for buffer in self.buffers)
 
     def steps(self) -> Tensor:
         """The largest number of steps that a buffer with a gradient has taken."""
