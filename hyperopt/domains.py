@@ -69,8 +69,8 @@ class Domain(ABC):
     def scaled(self, raw: Tensor, factor: Tensor) -> Tensor:
         """The raw number for `factor` times the value, or for the bound if that is outside the set; exactly `raw` if factor is 1."""
         low, high = (self.value(raw.new_full((), limit)) for limit in self.raw_limits(raw.dtype))
-        value = self.value(raw).clamp(low, high)
-        return raw + (self.raw((value * factor).clamp(low, high)) - self.raw(value))
+        # Not a difference of raw numbers added to `raw`: near a bound, and for Real near 0, it cancels.
+        return torch.where(factor == 1, raw, self.raw((self.value(raw) * factor).clamp(low, high)))
 
     def log_size(self, raw: Tensor) -> Tensor:
         """log |value|; finite also if the value is 0."""

@@ -11,6 +11,7 @@ from .body import choose
 from .body.buffers import Buffer, Record
 from .body.compiled import is_right
 from .body.graph import Graph
+from .body.part import EAGER
 from .body.shards import local
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
@@ -47,11 +48,12 @@ class Group:
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         self.names = list(spec.rule.declared())
         self.sizes = {name: self._size(name) for name in self.names}
-        self.live: dict[str, Tensor] = {}
+        self.live: dict[str, Tensor] = {}  # what stands in `group`: another object for each value, with the same memory
         self.buffers: list[Buffer] = []
+        self._young = False  # whether there are buffers that have not taken a step
         self.check()
         distributed.check(self.params, spec)
-        fresh = {"format": FORMAT, "structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}}
+        fresh = {"format": FORMAT, "structure": spec.structure(), "calls": 0, "last": {}, "nodes": {}, "watched": []}
         self.tower: dict[str, Any] = group.setdefault("tower", fresh)
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
@@ -69,7 +71,8 @@ class Group:
                 self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
             last[name] = self._to(last.get(name, self.live[name].clone()))
         learned = self.spec.learning
-        own = {n: Hyperparameter(self.spec.domain(n), self.live[n], learned=n in learned, last_value=last[n]) for n in self.names}
+        values = {name: live.detach() for name, live in self.live.items()}
+        own = {n: Hyperparameter(self.spec.domain(n), values[n], learned=n in learned, last_value=last[n]) for n in self.names}
         self.versions = {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
@@ -168,6 +171,7 @@ class Group:
 
     def _split(self, fresh: Sequence[Tensor], mixed: Sequence[Buffer]) -> list[Buffer]:
         """Make buffers of parameters that have a gradient for the first time, and two of each of which only a part has one now."""
+        self._young = bool(fresh)
         for p in fresh:
             self.state[p] = {}
         # From now on the two halves of a mixed buffer have different step counts.
@@ -210,8 +214,13 @@ class Group:
         self.tower["calls"] += 1
         learn, q = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
         gs, self._gs = self._gs, []  # not kept: the next backward pass needs their memory
+        if self._young:
+            self._make_tangents(gs)
         self._step(gs, self.one if ok is None else ok.to(self.one), q, learn)
         self.body.finish()
+        if self.tower["calls"] == 1:  # with tangents that are still 0 nothing was said of the values
+            for node in self.nodes.values():
+                node.q = {}
         for name, value in self.live.items():
             self.versions[name] = value._version
 
@@ -229,6 +238,8 @@ class Group:
             if value is mine and mine._version == self.versions[name]:
                 continue
             if value is not mine:
+                mine.data = mine.clone()  # whoever has kept it can put it back: it is what it was
+                mine = self.live[name] = self.hypers[name].value.detach()
                 mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
                 self.group[name] = mine
             self._changed(name)
@@ -245,6 +256,17 @@ class Group:
         if name == "beta1":
             for buffer in self.buffers:
                 buffer.store_average()
+
+    def _make_tangents(self, gs: list[Tensor]) -> None:
+        """Make all tangents that there will be, as zeros, by steps that do not count: what a checkpoint holds is known from the start."""
+        self._young = False
+        if not self.saves():
+            return
+        skipped, zero, before = self.tower["skipped"][0].clone(), torch.zeros_like(self.one), -1
+        self.body.arrange(EAGER)
+        while before < (before := self._tangents()):  # one of a state may only follow from one of x
+            self.root.step(gs, zero)
+        self.tower["skipped"][0].copy_(skipped)
 
     def _tangents(self) -> int:
         """How many tangents there are."""

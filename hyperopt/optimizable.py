@@ -66,7 +66,7 @@ class Optimizable:
         """Step the levels above: the raw hyperparameters of this step, and 1. for each hypergradient that is finite, 0. otherwise."""
         before = self.hypers.raw()
         if not q:
-            return before, {}  # the top, no tangents yet, or a step that does not learn
+            return before, {}  # the top, or a step that does not learn
         sound = {name: is_finite(number.sum() if number.dim() else number) for name, number in q.items()}
         fine = ok
         for one in sound.values():

@@ -204,9 +204,15 @@ def test_a_scaled_value_stays_inside(domain, dtype):
             scaled = domain.scaled(raw, torch.tensor(factor, dtype=dtype)).clamp(*domain.raw_limits(dtype))
             assert_strictly_inside(domain, float(scaled), dtype)
             exact = float(domain.value(raw)) * factor
-            if domain.inside(exact) and abs(start) <= 3 and 0.01 <= factor <= 2:
+            low, high = (float(domain.value(torch.tensor(limit, dtype=dtype))) for limit in domain.raw_limits(dtype))
+            if low < exact < high and 0.01 <= factor <= 2:
                 assert float(domain.value(scaled)) == pytest.approx(exact, rel=1e-3)
         assert domain.scaled(raw, torch.ones((), dtype=dtype)).equal(raw)
+
+
+def test_a_real_number_keeps_its_digits_when_it_is_scaled():
+    tiny = torch.tensor(1e-10)
+    assert Real().scaled(torch.ones(()), tiny).equal(tiny)
 
 
 @pytest.mark.parametrize("make", [lambda: Interval("0", 1), lambda: Interval(0, None), lambda: Interval(True, 2), lambda: Positive("1")])

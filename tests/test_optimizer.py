@@ -4,15 +4,18 @@ import copy
 import io
 import itertools
 import pickle
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from small import backward, differences, loss_at, net, snapshot, train
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 
-from hyperopt import SGD, Adam, AdamW, Hyper, HyperOptimizer, Interval, Real
+from hyperopt import SGD, Adam, AdamW, Hyper, HyperOptimizer, Interval, Real, ScheduleFree
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
 TREE = Hyper(Adam, lr=1e-3).stack(lr=Hyper(Adam).stack(SGD), beta1=Hyper(SGD, lr=0.1))
@@ -122,6 +125,27 @@ def test_param_groups_hold_live_values_under_their_names():
     for name in ADAM:
         assert optimizer.param_groups[1][name] is held[name]
         assert float(held[name]) == float(optimizer.hyperparameters()[f"0.{name}[1]"]) != before[name]
+
+
+@pytest.mark.parametrize("tower", [Hyper(Adam, lr=0.01), Hyper(Adam, lr=0.01).stack(Adam), TREE], ids=str)
+@pytest.mark.parametrize("assigned", [1e-7, torch.tensor(1e-7)], ids=type)
+def test_an_object_that_is_put_back_has_the_value_that_it_had(tower, assigned):
+    model, optimizer = bound(tower)
+    (group,) = optimizer.param_groups
+    train(model, optimizer, range(4))
+    was = {name: (group[name], group[name].item()) for name in ("lr", "beta2")}
+    for step in range(4, 7):
+        for name in was:
+            group[name] = assigned if name == "lr" else 0.5
+        train(model, optimizer, range(step, step + 1))
+    assert all(object.item() == value for object, value in was.values())
+    for name, (object, _) in was.items():
+        group[name] = object
+    train(model, optimizer, range(7, 8))
+    assert {name: optimizer.hyperparameters()[f"0.{name}"].item() for name in was} == {name: value for name, (_, value) in was.items()}
+    group["lr"].fill_(0.02)  # what stands there now is live again
+    train(model, optimizer, range(8, 9))
+    assert optimizer.hyperparameters()["0.lr"].item() == pytest.approx(0.02, rel=1e-6)
 
 
 def test_groups_override_values_and_betas():
@@ -906,6 +930,38 @@ def test_held_values_come_from_the_checkpoint_at_every_level(level, later):
     fresh.load_state_dict(model.state_dict())
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_goes_on(model, optimizer, fresh, again, range(5, 9))
+
+
+@pytest.mark.parametrize("assign", [None, "lr", "beta2"])
+@pytest.mark.parametrize(
+    "tower",
+    [*TOWERS.values(), Hyper(ScheduleFree(Adam)).stack(Adam), Hyper(SGD, lr=0.01, momentum=0.5, weight_decay=0.1).stack(Adam).stack(SGD)],
+    ids=str,
+)
+def test_a_distributed_checkpoint_goes_on_bit_for_bit(tower, assign, tmp_path):
+    # It reads only those entries which an optimizer that has taken no step, and to which nothing was assigned, has too.
+    model, optimizer = bound(tower)
+    train(model, optimizer, range(5))
+    if assign in optimizer.param_groups[0]:
+        optimizer.param_groups[0][assign] = 0.02
+        train(model, optimizer, range(5, 7))
+    fresh, again = bound(tower)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for write in (True, False):
+            pair = (model, optimizer) if write else (fresh, again)
+            entries = dict(zip(("model", "optimizer"), get_state_dict(*pair), strict=True))
+            (dcp.save if write else dcp.load)(entries, checkpoint_id=tmp_path)
+        set_state_dict(fresh, again, model_state_dict=entries["model"], optim_state_dict=entries["optimizer"])
+    assert_goes_on(model, optimizer, fresh, again, range(7, 11))
+
+
+def test_saving_before_the_first_step_changes_no_value():
+    model, optimizer = bound(ALL)
+    before = optimizer.hyperparameters()
+    get_optimizer_state_dict(model, optimizer)
+    train(model, optimizer, range(1))
+    assert all(torch.allclose(value, before[name]) for name, value in optimizer.hyperparameters().items() if name.endswith("lr"))
 
 
 def test_a_copy_is_independent():

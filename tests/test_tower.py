@@ -255,6 +255,9 @@ def test_text_round_trip_of_any_tower(made):
     again = Hyper.parse(str(made))
     assert str(again) == str(made)
     assert facts(again) == facts(made)
+    assert again == made
+    assert hash(again) == hash(made)
+    assert again.structure() == made.structure()
 
 
 NO_TOWERS = [
@@ -534,9 +537,58 @@ def test_a_high_chain_is_read_and_printed():
     assert made.height == 700
 
 
+def test_the_highest_tower_is_stacked_read_copied_and_compared_and_no_higher_one():
+    made = Hyper(Adam)
+    for _ in range(level.HIGHEST):
+        made = made.stack(Adam)
+    assert Hyper.parse(str(made)) == made
+    for again in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert again == made
+        assert hash(again) == hash(made)
+        assert again.structure() == made.structure()
+    assert made.replace(lr=0.1) != made
+    for higher in (lambda: made.stack(Adam), lambda: Hyper.parse(f"Adam / {made}"), lambda: Hyper(Adam).stack(made)):
+        with pytest.raises(ValueError, match="1001 levels is too high: stack at most 1000"):
+            higher()
+    with pytest.raises(ValueError, match="height 1000 is too high to be bound: stack at most 200"):
+        made.bind([torch.ones(3, requires_grad=True)])
+
+
+def test_the_highest_tower_that_is_bound_steps_and_is_copied():
+    w = torch.ones(3, requires_grad=True)
+    optimizer = Hyper.parse("Adam" + " / Adam" * level.BOUND).bind([w])
+
+    def deep(function, frames=150):
+        return deep(function, frames - 1) if frames else function()
+
+    for _ in range(level.BOUND + 5):
+        w.grad = torch.ones(3)
+        deep(optimizer.step)
+    assert optimizer.hyperparameters()[f"{level.BOUND - 1}.lr"] != Adam().lr
+    assert repr(deep(lambda: copy.deepcopy(optimizer))) == repr(optimizer)
+
+
+def test_the_deepest_branches_are_read_back_and_no_deeper_ones():
+    made = Hyper(SGD)
+    for _ in range(level.DEEPEST):
+        made = Hyper(Adam).stack(lr=made, beta1=SGD)
+    assert Hyper.parse(str(made)) == made
+    with pytest.raises(ValueError, match="151 deep, is too deep: branch at most 150 times"):
+        Hyper(Adam).stack(lr=made, beta1=SGD)
+
+
 def test_branches_under_branches_are_read_soon():
     # Written out, this tower has 2^60 levels: the branches share them.
-    assert Hyper.parse("Adam" + " / {lr: Adam, beta1: Adam}" * 60 + " / SGD").learning == ("lr", "beta1")
+    text = "Adam" + " / {lr: Adam, beta1: Adam}" * 60
+    made, again = Hyper.parse(text + " / SGD"), Hyper.parse(text).stack(SGD)
+    assert made.learning == ("lr", "beta1")
+    assert made == again != Hyper.parse(text + " / Adam")
+    assert hash(made) == hash(again)
+    assert copy.deepcopy(made) == made
+    assert len(repr(made)) < 100
+    for use in (lambda: str(made), lambda: made.structure(), lambda: made.bind([torch.ones(3, requires_grad=True)])):
+        with pytest.raises(ValueError, match="is too large to be printed or bound, there may be 10,000"):
+            use()
 
 
 def test_a_tower_reads_back_with_defaults_that_were_given():

@@ -93,8 +93,8 @@ class Eager:
     # ---- the three passes
 
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
-        """1. if all gradients are finite (None: they are known to be); the hypergradients, where they are wanted and there are tangents."""
-        wanted = wanted and self.ready()
+        """1. if all gradients are finite (None: they are known to be); the hypergradients, where they are wanted."""
+        wanted = wanted and bool(self.tangents.names)
         if self.level:
             (buffer,), (g,) = self.buffers, gs
             x = buffer.tensors[0]
@@ -110,8 +110,7 @@ class Eager:
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
         self.blocks = self._blocks(gs)
         total = combined([total.to(self.hypers.like) for total, _ in looks], torch.add, torch.sum)
-        shares = [share for _, share in looks if share]
-        q = self.hypergradient.combined(shares) if shares else {}
+        q = self.hypergradient.combined([share for _, share in looks]) if wanted else {}
         total, *pulled = self.ranks.sum([total, *q.values()])
         return is_finite(total), dict(zip(q, pulled, strict=True))
 
@@ -230,10 +229,6 @@ class Eager:
         t, known = block.t, self.hypers.like
         plain = not block.buffer.positions and t.dtype == known.dtype and t.device == known.device
         return self.hypers.values(r, None if plain else block.spread)
-
-    def ready(self) -> bool:
-        """Whether there are tangents."""
-        return bool(self.tangents.names) and any(buffer.tangents for buffer in self.buffers)
 
     def steps(self) -> Tensor:
         """The largest number of steps that a buffer with a gradient has taken."""

@@ -39,7 +39,6 @@ class Native(Eager):
         self.functions = functions
         self.kept: dict[Any, Passes] = {}
         self.passes: Passes | None = None  # of this step
-        self.fresh = False
         self.sums = torch.zeros(4, dtype=torch.float32, device="cpu")
         self.orders = torch.zeros(3, dtype=torch.float32, device="cpu")
 
@@ -55,13 +54,13 @@ class Native(Eager):
         return super().finite(gs) if self.passes is None else self.sums[0].clone()
 
     def kind(self) -> Any:
-        return super().kind() if self.passes is None else ("native", self.fresh)
+        return super().kind() if self.passes is None else "native"
 
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         if self.passes is None:
             return super().pull(gs, wanted)
         finite, q, _, _ = self.sums.clone().unbind()
-        return finite, {"lr": q} if wanted and not self.fresh and self.tangents.names else {}
+        return finite, {"lr": q} if wanted and self.tangents.names else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
         if self.passes is None:
@@ -95,7 +94,6 @@ class Native(Eager):
         """The tables for the buffers of this step; None where directions would take too much memory."""
         if sum(buffer.numel for buffer in self.buffers if not computed(buffer)) > GIVEN:
             return None
-        self.fresh = bool(self.tangents.names) and not self.ready()
         for buffer in self.buffers if self.tangents.names else ():
             if "lr" not in buffer.tangents:
                 self._make_tangents(buffer)

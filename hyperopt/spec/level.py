@@ -1,9 +1,8 @@
 """`Level`: one level of a tower and the levels above it, as plain values."""
 
-import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,6 +17,9 @@ from .arguments import PER, STRATEGIES, as_rule, named
 # Largest change of a raw hyperparameter per step above level 0. Where level 1 learns its own lr too, 0.1 does better: on MNIST validation
 # data Adam / Adam / Adam ends at 2.9 % with 0.1 and at 4.3 % with 0.5, which lets the lr of level 0 jump. At height 1 they are equal.
 TRUST_ABOVE = 0.5
+HIGHEST, DEEPEST = 1000, 150  # height of a tower, and branches on branches, whose text Python's parser still reads
+MOST = 10_000  # levels that are printed or bound, where branches that share levels are written out
+BOUND = 200  # height of a tower that is bound: a step recurses through three functions a level, and Python allows 1,000
 
 
 class Level:
@@ -35,14 +37,9 @@ class Level:
     maximize: bool  # whether level 0 ascends
     source: Optimizer | None  # the live optimizer that level 0 was made from
     above: dict[tuple[str, ...], Self]  # the levels above, each by the names of the hyperparameters that it learns
-
-    @property
-    def height(self) -> int:
-        """The number of levels above this one."""
-        height, row = -1, [self]
-        while row:
-            height, row = height + 1, [node for below in row for node in below.above.values()]
-        return height
+    height: int  # the number of levels above this one
+    depth: int  # how many of them branch, on the way to any top
+    count: int  # the number of levels in all, each as often as it stands in the text
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -75,12 +72,28 @@ class Level:
         """Whether learned hyperparameters of this level have separate optimizers."""
         return len(self.above) > 1 or any(names != self.learned for names in self.above)
 
-    def nodes(self) -> Iterator[Self]:
-        """This level and every one above it; in a loop, as a chain may be higher than Python can recurse into."""
-        left = [self]
+    def nodes(self) -> list[Self]:
+        """Every level above this one, then this one: each once, though branches may share it, and none before those above it."""
+        found, left = {id(self): self}, [self]  # in a loop, as a chain may be higher than Python can recurse into
         while left:
-            yield (node := left.pop())
-            left += node.above.values()
+            new = {id(node): node for node in left.pop().above.values() if id(node) not in found}
+            found |= new
+            left += new.values()
+        return sorted(found.values(), key=lambda node: node.height)
+
+    def check_count(self) -> None:
+        """Raise ValueError if there are too many levels to print or bind."""
+        if self.count > MOST:
+            raise ValueError(
+                f"a tower of {self.count:,} levels is too large to be printed or bound, there may be {MOST:,}: "
+                "every level that is stacked on branches is added to each of them, stack it on one"
+            )
+
+    def check_bound(self) -> None:
+        """Raise ValueError if there are too many levels to bind."""
+        self.check_count()
+        if self.height > BOUND:
+            raise ValueError(f"a tower of height {self.height} is too high to be bound: stack at most {BOUND} levels")
 
     def trust_at(self, level: int) -> float | None:
         """The trust of this node when it stands at `level`."""
@@ -97,12 +110,20 @@ class Level:
 
     def structure(self) -> str:
         """The tower's text without values: what a checkpoint and the tower that loads it must have in common."""
+        self.check_count()
+        parts, level, closing = [self._structure()], self, ""
+        while len(level.above) == 1:  # in a loop, as in `nodes`
+            ((names, level),) = level.above.items()
+            parts.append(f" / {{{', '.join(names)}: {level._structure()}")
+            closing += "}"
+        parts += [f" / {{{', '.join(names)}: {node.structure()}}}" for names, node in level.above.items()]
+        return "".join(parts) + closing
+
+    def _structure(self) -> str:
         options = [f"{f.name}={getattr(self.rule, f.name)}" for f in dataclasses.fields(self.rule) if f.name not in self.rule.declared()]
         learned = [f"{name} in {self.domain(name)}" for name in self.learning]
         words = [*options, f"per {self.per}", f"horizon {self.horizon:g}", f"learned: {', '.join(learned) or 'nothing'}"]
-        return f"{type(self.rule).__name__}({'; '.join(words)})" + "".join(
-            f" / {{{', '.join(names)}: {node.structure()}}}" for names, node in self.above.items()
-        )
+        return f"{type(self.rule).__name__}({'; '.join(words)})"
 
     def replace(self, **hyperparameters: Any) -> Self:
         """The same tower with other values at level 0, which must be such as `Hyper` takes.
@@ -124,7 +145,20 @@ class Level:
         >>> Hyper(Adam).stack(Adam).held(lr=0.1)
         Hyper('Adam(lr=0.1)')
         """
-        return self.replace(**hyperparameters)._but(above={}, learn=None, source=None)
+        return self.replace(**hyperparameters)._but(learn=None, source=None).under({})
+
+    def under(self, above: Mapping[Any, Any]) -> Self:
+        """The same level with these above it; ValueError if the tower would be too high to be read from its text."""
+        new = self._but(above=dict(above))
+        uppers = above.values()
+        vars(new)["height"] = max((1 + node.height for node in uppers), default=0)
+        vars(new)["depth"] = max((node.depth for node in uppers), default=0) + new.is_tree()
+        vars(new)["count"] = 1 + sum(node.count for node in uppers)
+        if new.height > HIGHEST:
+            raise ValueError(f"a tower of {new.height} levels is too high: stack at most {HIGHEST}")
+        if new.depth > DEEPEST:
+            raise ValueError(f"a tower with branches on branches, {new.depth} deep, is too deep: branch at most {DEEPEST} times")
+        return new
 
     def released(self) -> Self:
         """The same tower without a reference to the live optimizer that it was made from."""
@@ -187,6 +221,21 @@ class Level:
         raise AttributeError(f"a tower is immutable, its {name} cannot be set: Hyper(…).replace({name}=…), or a new Hyper, makes another")
 
     def _but(self, **changes: Any) -> Self:
-        new = copy.copy(self)
-        vars(new).update(changes)  # past __setattr__
+        new = object.__new__(type(self))
+        vars(new).update(vars(self) | changes)  # past __setattr__
         return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A list of levels, for a chain may be higher than copy and pickle can recurse into.
+        nodes = self.nodes()
+        place = {id(node): i for i, node in enumerate(nodes)}
+        uppers = [{names: place[id(upper)] for names, upper in node.above.items()} for node in nodes]
+        return _copied, ([(type(node), vars(node) | {"above": above}) for node, above in zip(nodes, uppers, strict=True)],)
+
+
+def _copied(records: list[tuple[type, dict[str, Any]]]) -> Any:
+    nodes: list[Any] = []
+    for kind, values in records:
+        nodes.append(object.__new__(kind))
+        vars(nodes[-1]).update(values, above={names: nodes[i] for names, i in values["above"].items()})
+    return nodes[-1]

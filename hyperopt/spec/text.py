@@ -55,9 +55,10 @@ def read_set(source: str) -> Feasible:
 
 def show(level: Level, at: int = 0) -> str:
     """The text of a tower, or of the part of one that stands `at` a level above 0, where rules have other defaults."""
+    level.check_count()
     parts = []
     while True:
-        parts.append(_show_one(level, at))
+        parts.append(show_one(level, at))
         at += 1
         if level.is_tree():
             branches = (f"{names[0]}: {show(node, at)}" for names, node in level.above.items())
@@ -67,7 +68,8 @@ def show(level: Level, at: int = 0) -> str:
         (level,) = level.above.values()
 
 
-def _show_one(level: Level, at: int) -> str:
+def show_one(level: Level, at: int) -> str:
+    """The text of one level."""
     rule, declared = level.rule_at(at), level.rule.declared()
     defaults = {f.name: declared[f.name].above if at and f.name in declared else f.default for f in dataclasses.fields(rule)}
     words = [(name, getattr(rule, name), default) for name, default in defaults.items()]

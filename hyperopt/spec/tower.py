@@ -12,7 +12,7 @@ from ..optimizer import HyperOptimizer
 from ..rules.black_box import BlackBox
 from . import text
 from .arguments import as_rule, named, names_of, plain
-from .level import Level
+from .level import MOST, Level
 
 
 class Hyper(Level):
@@ -72,7 +72,7 @@ class Hyper(Level):
             rule, maximize = adopt.rule_of(source), maximize or bool(source.param_groups[0].get("maximize"))
         values = named(hyperparameters)
         made = as_rule(rule, values)
-        vars(self).update(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={})
+        vars(self).update(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={}, height=0, depth=0, count=1)
         vars(self).update(horizon=plain(made.horizon if horizon == "default" else horizon), trust=plain(trust))
         vars(self).update(domains={} if domains is None else plain(domains), per=per, strategy=strategy, project=project, maximize=maximize)
         self.check()
@@ -89,7 +89,8 @@ class Hyper(Level):
                 `.stack(SGD, lr={"lr": 1e-5, "beta1": 1e-4})`.
 
         Raises:
-            ValueError: nothing below can be learned, a name that the level below does not have, a learned value on the boundary.
+            ValueError: nothing below can be learned, a name that the level below does not have, a learned value on the boundary, a
+                height above 1,000.
             TypeError: no optimizer at all, or keywords beside a level that is finished.
 
         >>> from hyperopt import Hyper, Adam, SGD
@@ -99,7 +100,11 @@ class Hyper(Level):
         if rule is None and not keywords:
             raise TypeError("stack() needs an optimizer: .stack(SGD), or one for each hyperparameter: .stack(lr=SGD, beta1=Adam)")
         if self.above:
-            return self._but(above={names: node.stack(rule, **keywords) for names, node in self.above.items()})
+            new: dict[int, Hyper] = {}
+            for node in self.nodes():
+                uppers = {names: new[id(upper)] for names, upper in node.above.items()}
+                new[id(node)] = node.under(uppers) if uppers else node.stack(rule, **keywords)
+            return new[id(self)]
         if not self.rule.declared():
             raise ValueError(f"nothing can be stacked on {type(self.rule).__name__}: it has no hyperparameters to learn")
         if rule is None:
@@ -113,7 +118,7 @@ class Hyper(Level):
             below = self._but(learn=tuple(steps[0])) if self.learn is None and (steps := node.mappings()) else self
             nodes = {below.learned: node}
         below.check_learned(below.learned)
-        return below._but(above={names: _upper(node, names) for names, node in nodes.items()})
+        return below.under({names: _upper(node, names) for names, node in nodes.items()})
 
     def bind(self, params: Any = None, *, compile: bool = False, hyper_every: int = 1) -> HyperOptimizer:
         """Make the optimizer of this tower, a `torch.optim.Optimizer` over `params`.
@@ -125,7 +130,8 @@ class Hyper(Level):
             hyper_every: step the levels above level 0 on every k-th step only. Default: 1.
 
         Raises:
-            ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group.
+            ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group, a tower of a
+                height above 200 or more than 10,000 levels.
             TypeError: no params, or params for a tower made from a live optimizer, which has its own.
 
         >>> import torch
@@ -133,6 +139,7 @@ class Hyper(Level):
         >>> Hyper(Adam).stack(Adam).bind(torch.nn.Linear(2, 1).parameters())
         HyperOptimizer(Adam / Adam, 2 tensors in 1 groups)
         """
+        self.check_bound()
         for name in self.rule.declared():
             if isinstance(self.rule.value(name), Mapping):
                 given = f"{type(self.rule).__name__}({name}={self.rule.value(name)!r})"
@@ -163,17 +170,27 @@ class Hyper(Level):
         return text.show(self)
 
     def __repr__(self) -> str:
-        return f"Hyper({str(self)!r})"
+        return f"Hyper({str(self)!r})" if self.count <= MOST else f"<Hyper of {self.count:.3g} levels>"
 
     def __eq__(self, other: object) -> bool:
-        # Equal texts are not enough: a user's rule may have the name of another one.
-        def rules(tower: Hyper) -> list[type]:
-            return [type(node.rule) for node in tower.nodes()]
+        if not isinstance(other, Hyper) or (self.height, self.count) != (other.height, other.count):
+            return False
+        known: dict[Any, int] = {}
 
-        return isinstance(other, Hyper) and str(self) == str(other) and rules(self) == rules(other)
+        def number(tower: Hyper) -> int:
+            # Level by level: with branches that are shared, the text of a whole tower may be longer than memory.
+            of: dict[int, int] = {}
+            for node in tower.nodes():
+                uppers = tuple((names, of[id(upper)]) for names, upper in node.above.items())
+                # Equal texts are not enough: a user's rule may have the name of another one.
+                key = text.show_one(node, int(node is not tower)), type(node.rule), uppers
+                of[id(node)] = known.setdefault(key, len(known))
+            return of[id(tower)]
+
+        return self is other or number(self) == number(other)
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash((text.show_one(self, 0), self.height, self.count))
 
 
 def _upper(node: Any, names: tuple[str, ...]) -> Hyper:
