@@ -10,8 +10,6 @@ from . import distributed
 from .body import choose
 from .body.buffers import Buffer, Record
 from .body.compiled import is_right
-from .body.graph import Graph
-from .body.part import EAGER
 from .body.shards import local
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
@@ -78,10 +76,10 @@ class Group:
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
         self.zeros = self.tower["zeros"] = [name for name in zeros if not self.live[name].any()]
         self.rule = with_zeros(self.spec.rule, self.zeros)
-        tree = Tree(self.spec, self.rule, own, self.tower["nodes"], self.params, self.tower["skipped"], compile=self.compile)
-        self.nodes, self.root = tree.nodes, tree.root
+        self.tree = Tree(self.spec, self.rule, own, self.tower["nodes"], self.params, self.tower["skipped"], compile=self.compile)
+        self.nodes, self.root = self.tree.nodes, self.tree.root
         self.body, self.hypers = self.root.body, self.root.hypers
-        self._step = choose.Runner(self.root.step, self.body, self._tangents) if self.compile else self.root.step
+        self._step = choose.Runner(self.root.step, self.body, self.tree.tangents) if self.compile else self.root.step
         # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
         differ = {name for name in self.names if not torch.equal(self.live[name], last[name])}
         for name in differ | set(self.tower.get("watched", [])):
@@ -185,25 +183,6 @@ class Group:
         """1. if the gradients of this group are finite."""
         return self.body.finite(self._gs)
 
-    @torch.no_grad()
-    def hold_out(self, grads: Mapping[Tensor, Tensor | None], key: str) -> None:
-        """Keep the hypergradients of another loss for the next step, added to those that are kept already.
-
-        Args:
-            grads: its gradient, by parameter; None where it does not depend on one.
-            key: where the gradient was taken: "x" for the weights, or the name of the state that stood in their place.
-        """
-        shares = []
-        for buffer in self.buffers:
-            found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in buffer.tensors]
-            g = buffer.side_by_side([-a if self.spec.maximize else a for a in found if a is not None])
-            buffer.gather()
-            shares.append(self.body.hypergradient.of(buffer, g, key))
-        q = self.body.hypergradient.combined(shares)
-        q = dict(zip(q, self.body.ranks.sum(list(q.values())), strict=True))
-        kept = self.tower.get("held_out")
-        self.tower["held_out"] = self.body.hypergradient.combined([kept, q]) if kept else q
-
     def step(self, ok: Tensor | None, every: int) -> None:
         """Step the tower, with the gradients that `collect` found.
 
@@ -215,7 +194,8 @@ class Group:
         learn, q = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
         gs, self._gs = self._gs, []  # not kept: the next backward pass needs their memory
         if self._young:
-            self._make_tangents(gs)
+            self._young = False
+            self.tree.make_tangents(gs, torch.zeros_like(self.one))
         self._step(gs, self.one if ok is None else ok.to(self.one), q, learn)
         self.body.finish()
         if self.tower["calls"] == 1:  # with tangents that are still 0 nothing was said of the values
@@ -256,22 +236,3 @@ class Group:
         if name == "beta1":
             for buffer in self.buffers:
                 buffer.store_average()
-
-    def _make_tangents(self, gs: list[Tensor]) -> None:
-        """Make all tangents that there will be, as zeros, by steps that do not count: what a checkpoint holds is known from the start."""
-        self._young = False
-        if not self.saves():
-            return
-        skipped, zero, before = self.tower["skipped"][0].clone(), torch.zeros_like(self.one), -1
-        self.body.arrange(EAGER)
-        while before < (before := self._tangents()):  # one of a state may only follow from one of x
-            self.root.step(gs, zero)
-        self.tower["skipped"][0].copy_(skipped)
-
-    def _tangents(self) -> int:
-        """How many tangents there are."""
-        return sum(len(z) for node in self.nodes.values() for buffer in node.body.buffers for z in buffer.tangents.values())
-
-    def saves(self) -> bool:
-        """Whether everything this tower needs to go on is held in tensors."""
-        return not any(isinstance(node.body, Graph) and node.body.outputs for node in self.nodes.values())

@@ -1,11 +1,12 @@
 """The gradient of a loss other than the one that the weights descend."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .body.shards import is_shared
+from .group import Group
 from .spec.level import Level
 
 
@@ -27,6 +28,27 @@ def gradients(loss: Tensor, params: Sequence[Tensor], tower: Level) -> dict[Tens
     if all(g is None for g in grads.values()):
         raise ValueError("hyper_backward was given a loss that depends on none of the parameters: make it from the model as it is now")
     return grads
+
+
+@torch.no_grad()
+def keep(group: Group, grads: Mapping[Tensor, Tensor | None], at: str) -> None:
+    """Keep the hypergradients of another loss for the next step of a group, added to those that are kept already.
+
+    Args:
+        group: whose weights the loss was made with.
+        grads: its gradient, by parameter; None where it does not depend on one.
+        at: where the gradient was taken: "x" for the weights, or the name of the state that stood in their place.
+    """
+    hypergradient, shares = group.body.hypergradient, []
+    for buffer in group.buffers:
+        found = [torch.zeros_like(p) if grads[p] is None else grads[p] for p in buffer.tensors]
+        g = buffer.side_by_side([-a if group.spec.maximize else a for a in found if a is not None])
+        buffer.gather()
+        shares.append(hypergradient.of(buffer, g, at))
+    q = hypergradient.combined(shares)
+    q = dict(zip(q, group.body.ranks.sum(list(q.values())), strict=True))
+    kept = group.tower.get("held_out")
+    group.tower["held_out"] = hypergradient.combined([kept, q]) if kept else q
 
 
 def _averaged(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:

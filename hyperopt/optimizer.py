@@ -129,7 +129,7 @@ class HyperOptimizer(Optimizer):
         groups = self._groups()
         grads = held_out.gradients(loss, [p for group in groups for p in group.params], self.tower)
         for group in groups:
-            group.hold_out(grads, group.rule.average or "x" if self._averaged else "x")
+            held_out.keep(group, grads, group.rule.average or "x" if self._averaged else "x")
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -200,8 +200,7 @@ class HyperOptimizer(Optimizer):
         handle = self.register_load_state_dict_pre_hook(inspect)
         try:
             super().load_state_dict(state_dict)
-            params = [p for group in self.param_groups for p in group["params"]]
-            self.state.update(checkpoint.states(final, params))
+            self.state.update(checkpoint.states(final, [p for group in self.param_groups for p in group["params"]]))
             self._rebuild()
             if self.driven is not None:
                 self.driven.optimizer.load_state_dict(final["driven"])
@@ -218,8 +217,7 @@ class HyperOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bound = []
-        self._averaged = False
+        self._bound, self._averaged = [], False
 
     def __repr__(self) -> str:
         tensors = sum(len(group["params"]) for group in self.param_groups)
@@ -240,7 +238,7 @@ class HyperOptimizer(Optimizer):
 
     def _check_saves(self) -> None:
         self._check_outside("a checkpoint or a copy")
-        if any(not group.saves() for group in self._groups()):
+        if any(not group.tree.saves() for group in self._groups()):
             raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
 
     def _named(self, of: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .body import choose
 from .body.buffers import Buffer
-from .body.part import Part
+from .body.graph import Graph
+from .body.part import EAGER, Part
 from .body.shards import Ranks
 from .domains import Interval, Positive
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
@@ -50,6 +51,24 @@ class Tree:
         self.records, self.params, self.skipped, self.compile = records, params, skipped, compile
         self.nodes: dict[str, Optimizable] = {}
         self.root = self._node(spec, rule, 0, "", own, ())
+
+    def tangents(self) -> int:
+        """How many tangents there are."""
+        return sum(len(z) for node in self.nodes.values() for buffer in node.body.buffers for z in buffer.tangents.values())
+
+    def make_tangents(self, gs: list[Tensor], zero: Tensor) -> None:
+        """Make all tangents that there will be, as zeros, by steps that do not count: what a checkpoint holds is known from the start."""
+        if not self.saves():
+            return
+        skipped, before = self.skipped[0].clone(), -1
+        self.root.body.arrange(EAGER)
+        while before < (before := self.tangents()):  # one of a state may only follow from one of x
+            self.root.step(gs, zero)
+        self.skipped[0].copy_(skipped)
+
+    def saves(self) -> bool:
+        """Whether everything this tower needs to go on is held in tensors."""
+        return not any(isinstance(node.body, Graph) and node.body.outputs for node in self.nodes.values())
 
     def _node(
         self, spec: Level, rule: Rule, level: int, branch: str, own: dict[str, Hyperparameter], buffers: Sequence[Buffer]
