@@ -92,7 +92,8 @@ class Native(Eager):
 
     def _passes(self) -> "Passes | None":
         """The tables for the buffers of this step; None where directions would take too much memory."""
-        if sum(buffer.numel for buffer in self.buffers if not computed(buffer)) > GIVEN:
+        large = sum(buffer.numel for buffer in self.buffers) > GIVEN
+        if large and sum(buffer.numel for buffer in self.buffers if not computed(buffer)) > GIVEN:
             return None
         for buffer in self.buffers if self.tangents.names else ():
             if "lr" not in buffer.tangents:
