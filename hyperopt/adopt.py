@@ -62,7 +62,7 @@ def groups_of(optimizer: Optimizer, rule: Rule) -> list[dict[str, Any]]:
     groups = []
     for group in optimizer.param_groups:
         params = list(zip(group["param_names"], group["params"], strict=True)) if "param_names" in group else group["params"]
-        groups.append({"params": params, **_values(rule, group)})
+        groups.append({"params": params, **_values(rule, group), **_others(optimizer, group)})
     return groups
 
 
@@ -137,6 +137,12 @@ class Driven:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizer = state["optimizer"]
         vars(self.optimizer).update(state["own"])
+
+
+def _others(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a group that are the user's own, such as timm's lr_scale."""
+    known = {"params", "param_names", "initial_lr", *optimizer.defaults}
+    return {name: group[name] for name in group.keys() - known} if type(optimizer) in COUNTERPARTS else {}
 
 
 def _values(rule: Rule, group: Mapping[str, Any]) -> dict[str, float]:

@@ -72,11 +72,34 @@ def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str
             raise ValueError(f"the checkpoint's group has no set and this one project={group['project']}: bind a group without one")
 
 
+def mapping(state_dict: Any) -> dict[str, Any]:
+    """The same; TypeError for what is no checkpoint at all."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"a checkpoint is a dictionary, as optimizer.state_dict() makes it, got {type(state_dict).__name__}")
+    return state_dict
+
+
 def whole(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The checkpoint with the state of each DTensor as a DTensor, placed alike."""
+    """The checkpoint with the state of each DTensor as a DTensor, placed alike, and with a storage of its own for every tensor."""
     params = [p for group in param_groups for p in group["params"]]
     states = state_dict["state"].items()
-    return state_dict | {"state": {i: {key: shards.whole(value, params[i]) for key, value in state.items()} for i, state in states}}
+    placed = {i: {key: shards.whole(value, params[i]) for key, value in state.items()} for i, state in states}
+    return _separate(state_dict | {"state": placed}, set())
+
+
+def _separate(saved: Any, seen: set[int]) -> Any:
+    """The same, with copies of tensors that are parts of a buffer, or that were seen already: safetensors writes none of these."""
+    if isinstance(saved, dict):
+        return {key: _separate(value, seen) for key, value in saved.items()}
+    if isinstance(saved, list):
+        return [_separate(value, seen) for value in saved]
+    if not isinstance(saved, Tensor):
+        return saved
+    storage = shards.local(saved).untyped_storage()
+    if storage.data_ptr() in seen or storage.nbytes() > shards.local(saved).nbytes:
+        return saved.detach().clone()
+    seen.add(storage.data_ptr())
+    return saved
 
 
 def states(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[Tensor, dict[str, Tensor]]:

@@ -199,7 +199,7 @@ class HyperOptimizer(Optimizer):
         before = self.state, self.param_groups, self._bound
         handle = self.register_load_state_dict_pre_hook(inspect)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(checkpoint.mapping(state_dict))
             self.state.update(checkpoint.states(final, [p for group in self.param_groups for p in group["params"]]))
             self._rebuild()
             if self.driven is not None:

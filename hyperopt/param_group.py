@@ -1,23 +1,31 @@
 """What a parameter group may hold: when it is added, and before each step."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import rules
 from .roles import ENTRIES
-from .rule import check
+from .rule import Rule, Variant, check
+from .spec.arguments import FLAGS, check_flag, named
 from .spec.level import Level
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What an entry of a group cannot be called unless it has its effect.
+LEVEL = ("learn", "horizon", "trust", "domains", "per", "strategy", "maximize", "tower", "learning_rate", "decoupled_weight_decay")
 
 
 def check_arguments(params: Any, compile: Any, hyper_every: Any) -> None:
     """Raise for what `bind` cannot take."""
-    if isinstance(params, str) or (callable(params) and not isinstance(params, torch.nn.Module)):
-        raise TypeError(f"params must be a module or parameters, got {type(params).__name__}: pass model.parameters()")
+    is_module, missing = isinstance(params, torch.nn.Module), params is None  # missing where a live optimizer has them
+    if isinstance(params, (str, Mapping)) or not (is_module or missing or (isinstance(params, Iterable) and not callable(params))):
+        groups = ", or a list of groups, [{'params': parameters}]" if isinstance(params, Mapping) else ""
+        raise TypeError(f"params must be a module or parameters, got {type(params).__name__}: pass model.parameters(){groups}")
     if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
         raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
     if not isinstance(compile, bool):
@@ -25,19 +33,20 @@ def check_arguments(params: Any, compile: Any, hyper_every: Any) -> None:
 
 
 def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
-    """A copy of a group that a user gave, as torch.optim takes it; raises for what the tower does not know."""
+    """A copy of a group that a user gave, as torch.optim takes it; raises for what cannot be what the user meant."""
     if not isinstance(param_group, dict):
         raise TypeError(f"a parameter group is a dictionary, {{'params': parameters}}, got {type(param_group).__name__}")
     if "params" not in param_group:
         raise ValueError(f"a parameter group needs an entry 'params', got only {', '.join(map(repr, param_group))}")
-    group = dict(param_group)
-    if "betas" in group:
-        group["beta1"], group["beta2"] = group.pop("betas")
     known = tower.rule.declared()
+    group = {name: value for name, value in param_group.items() if name not in known and name != "betas"}
     roles = () if tower.rule.elementwise else ENTRIES if tower.rule.parts else ("blocks",)
-    for name in group.keys() - {"params", "param_names", "initial_lr", "name", "project", *roles} - known.keys():
-        raise ValueError(f"a parameter group has an unknown entry {name!r}: {type(tower.rule).__name__} has {', '.join(known)}")
-    values = {name: group[name] for name in known if name in group}
+    for name in group.keys() - {"params", "project", *roles}:
+        _check_other(name, group[name], tower)
+    if not isinstance(group["params"], Iterable):
+        raise TypeError(f"a parameter group's params must be parameters, got {type(group['params']).__name__}: give a list of tensors")
+    values = named({name: value for name, value in param_group.items() if name not in group})
+    group |= values
     for name, value in values.items():
         check(f"a parameter group's {name}", value, tower.domain(name))
     tower.replace(**values)
@@ -49,6 +58,30 @@ def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
         if len({id(p[1] if isinstance(p, tuple) else p) for p in group["params"]}) < len(group["params"]):
             raise ValueError("a parameter group holds the same parameter twice: give each tensor once, as model.parameters() does")
     return group
+
+
+def _check_other(name: str, value: Any, tower: Level) -> None:
+    """Raise unless an entry that is not a hyperparameter of the tower can be kept, as torch keeps it: for the user's own use."""
+    known = tower.rule.declared()
+    if name in FLAGS:
+        check_flag(name, value)
+        return
+    option = {"decoupled_weight_decay": "decoupled"}.get(name, name)
+    mine = tower.maximize if name == "maximize" else getattr(tower.rule, option, None)
+    if name in LEVEL + ENTRIES or option in _words():
+        same = isinstance(value, (bool, int, float, str)) and value == (mine or 0)  # as in the groups of torch's own optimizers
+        if not same and value is not None:
+            remedy = f"the whole tower has {mine}" if mine is not None else f"{type(tower.rule).__name__} has {', '.join(known)}"
+            raise ValueError(f"a parameter group has an unknown entry {name!r}: {remedy}")
+    elif close := difflib.get_close_matches(name, known, 1, 0.85):
+        raise ValueError(f"a parameter group has an unknown entry {name!r}: write {close[0]!r}, or give it another name")
+
+
+@functools.cache
+def _words() -> set[str]:
+    """The names of all hyperparameters and options of all rules."""
+    made = [rule() for name in rules.__all__ if isinstance(rule := getattr(rules, name), (type, Variant)) and rule is not Rule]
+    return {f.name for rule in made for f in dataclasses.fields(rule)}
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:

@@ -53,7 +53,7 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False) -
     tower = Hyper(ScheduleFree(Adam)).stack(Adam)
     tower = tower if lr is None else tower.replace(lr=lr)
     params = model_or_params.parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
-    if isinstance(params, Iterable) and not isinstance(params, (str, torch.Tensor)):
+    if isinstance(params, Iterable) and not isinstance(params, (str, Mapping, torch.Tensor)):
         params = [_reusable(entry) for entry in params]
     # The tower is bound twice: the first time only parses and validates params, to count the weights.
     n = sum(p.numel() for group in tower.bind(params).param_groups for p in group["params"] if p.requires_grad)

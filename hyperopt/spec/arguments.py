@@ -14,18 +14,22 @@ from ..rule import Rule
 
 PER = ("group", "tensor", "coordinate")
 STRATEGIES = ("tangents", "graph")
+# Of torch.optim: how a step is computed, which is not for the user to choose here.
+FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def named(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The given hyperparameters in Python's numbers, and `betas`, which must be a pair, as `beta1` and `beta2`."""
-    values = {name: plain(value) for name, value in hyperparameters.items()}
+    """The given hyperparameters in Python's numbers, under this library's names: `betas`, which must be a pair, are `beta1` and `beta2`."""
+    values = {name: plain(value, name) for name, value in hyperparameters.items()}
+    if "decoupled_weight_decay" in values:
+        values["decoupled"] = values.pop("decoupled_weight_decay")
     if "betas" in values:
         betas = values.pop("betas")
         if "beta1" in values or "beta2" in values:
             raise ValueError(f"betas was given beside beta1 or beta2: give either betas={betas!r}, or beta1 and beta2")
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas = {betas!r} must be a pair: give betas=(0.9, 0.999), or beta1 and beta2")
-        values["beta1"], values["beta2"] = map(plain, betas)
+        values["beta1"], values["beta2"] = (plain(beta, "betas") for beta in betas)
     return values
 
 
@@ -35,6 +39,8 @@ def as_rule(rule: Any, values: Mapping[str, Any]) -> Rule:
     Raises:
         ValueError: a torch.optim class without a rule, or a name that the rule does not have.
         TypeError: not a rule, or an option that must be True or False.
+
+    The flags of torch.optim are left out of the values.
     """
     if isinstance(rule, type) and issubclass(rule, torch.optim.Optimizer):
         name = rule.__name__
@@ -48,18 +54,33 @@ def as_rule(rule: Any, values: Mapping[str, Any]) -> Rule:
         hint = f"; Hyper.parse({rule!r}) reads text" if isinstance(rule, str) else ""
         raise TypeError(f"a tower is built from rules such as Adam or SGD, got {rule!r}{hint}")
     known = [f.name for f in dataclasses.fields(template)]
+    for name in values.keys() & set(FLAGS) - set(known):
+        check_flag(name, values[name])
+    values = {name: value for name, value in values.items() if name in known or name not in FLAGS}
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{type(template).__name__} has no hyperparameter or option {name!r}: it has {', '.join(known)}")
         if isinstance(getattr(template, name), bool) and not isinstance(value, bool):
             raise TypeError(f"{type(template).__name__}({name}) must be True or False, got {value!r}")
-    return dataclasses.replace(template, **{name: plain(template.value(name)) for name in template.declared()} | dict(values))
+    return dataclasses.replace(template, **{name: plain(template.value(name)) for name in template.declared()} | values)
 
 
-def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, and mappings as copies that nobody else can change."""
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless a flag of torch.optim can be ignored: all of them but differentiable=True."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {value!r}")
+    if name == "differentiable" and value:
+        raise ValueError("differentiable=True: a step is not part of an autograd graph here; stack() learns hyperparameters without one")
+
+
+def plain(value: Any, name: str = "a value") -> Any:
+    """NumPy's numbers and tensors of one element as Python's numbers, and mappings as copies that nobody else can change."""
     if isinstance(value, Mapping):
-        return {name: plain(number) for name, number in value.items()}
+        return {key: plain(number, name) for key, number in value.items()}
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: give a number, or a tensor of one element")
+        return value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     as_float = number("a value", value)
