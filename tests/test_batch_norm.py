@@ -82,3 +82,104 @@ def test_without_batch_norm_no_batch_is_run():
         assert nothing is None
     with batch_statistics(nn.BatchNorm1d(2, track_running_stats=False), []) as nothing:
         assert nothing is None
+
+
+class Two(nn.Module):
+    """A model of two inputs and an option, as models of text are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x, shift, scale=None):
+        assert scale is None
+        return self.body(x + shift)
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel, which takes any arguments."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **named):
+        return self.module(*inputs, **named)
+
+
+SHIFT = torch.ones(1)
+TYPES = {
+    "dict": lambda x: {"shift": SHIFT, "x": x},
+    "dict with a number": lambda x: {"x": x, "shift": 1.0},
+    "tuple": lambda x: (x, SHIFT),
+    "tuple with targets": lambda x: (x, SHIFT, None),
+    "list": lambda x: [x, SHIFT, "name"],
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped], ids=["alone", "wrapped"])
+@pytest.mark.parametrize("batch", TYPES.values(), ids=TYPES)
+def test_dict_and_tuple_batches_are_the_arguments_of_the_model(batch, wrap):
+    model = wrap(Two())
+    with batch_statistics(model, [batch(x) for x in batches()]):
+        found = [buffer.clone() for buffer in model.buffers()]
+    body = net()
+    with batch_statistics(body, [x + 1 for x in batches()]):
+        assert all(map(torch.equal, found, body.buffers()))
+
+
+def test_a_default_argument_takes_no_target():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x, mask=None):
+            assert mask is None
+            return self.body(x)
+
+    with batch_statistics(Masked(), [(x, torch.zeros(16)) for x in batches()]):
+        pass
+
+
+def test_a_batch_type_of_ones_own_is_one_argument_and_moves_itself():
+    class Own(tuple):
+        moved = ()
+
+        def to(self, device):
+            Own.moved += (device,)
+            return self
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, batch):
+            assert isinstance(batch, Own)
+            return self.body(batch[0])
+
+    with batch_statistics(Model(), [Own((x, None)) for x in batches()]):
+        assert Own.moved == (torch.device("cpu"),) * 4
+
+
+def test_forward_stands_for_the_model():
+    model = net()
+    with batch_statistics(model, [{"image": x, "label": 3} for x in batches()], lambda batch: model(batch["image"])):
+        found = [buffer.clone() for buffer in model.buffers()]
+    with batch_statistics(model, batches()):
+        assert all(map(torch.equal, found, model.buffers()))
+
+
+def test_nothing_of_the_pass_is_differentiated():
+    model = net()
+    with batch_statistics(model, batches(), lambda x: pytest.fail("a graph") if model(x).requires_grad else None):
+        pass
+
+
+def test_a_single_dict_is_named():
+    with (
+        pytest.raises(TypeError, match=r"takes a list or loader of batches, got dict: give \[x\] for a single one"),
+        batch_statistics(net(), {"x": 1}),
+    ):
+        pass
