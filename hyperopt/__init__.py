@@ -19,6 +19,8 @@ from .rules import *  # noqa: F403 - what rules.__all__ names
 from .rules.split import Split
 from .spec.tower import Hyper
 
+__version__ = "0.1.0"
+
 # fmt: off
 __all__ = [
     *rules.__all__, "Ball", "Box", "Domain", "Hyper", "HyperOptimizer", "Interval", "Optimizable", "Positive", "Real", "Recorder", "Replay",
