@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,16 +23,29 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 MODULES = ["hyperopt", *(m.name for m in pkgutil.walk_packages(hyperopt.__path__, "hyperopt.") if not m.name.endswith("._passes"))]
+FRAMEWORKS = {"hyperopt.integrations.lightning": "lightning", "hyperopt.integrations.transformers": "transformers"}
+NEEDS = re.compile(r"\A<!-- needs: (.+) -->\n")  # the first line of a page whose blocks run only where these packages are installed
 FENCED = re.compile(r"^```(\w*).*?\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", MODULES)
+def without(*packages: str) -> Any:
+    """The mark of a test that needs packages; they may warn of what they like."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    skip = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+    return [skip, pytest.mark.filterwarnings("ignore")] if packages else []
+
+
+def modules() -> list[Any]:
+    return [pytest.param(name, marks=without(FRAMEWORKS[name]) if name in FRAMEWORKS else []) for name in MODULES]
+
+
+@pytest.mark.parametrize("name", modules())
 def test_docstring_examples(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_there_are_docstring_examples():
-    examples = sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES)
+    examples = sum(doctest.testmod(importlib.import_module(name)).attempted for name in MODULES if name not in FRAMEWORKS)
     assert examples > 10
 
 
@@ -39,13 +53,24 @@ def blocks(page: Path) -> list[str]:
     return [text for language, text in FENCED.findall(page.read_text()) if language == "python"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def pages() -> list[Any]:
+    """The pages with blocks to run, each with the packages that it needs."""
+    needed = {page: (found := NEEDS.match(page.read_text())) and found[1].split(", ") for page in PAGES if blocks(page)}
+    return [pytest.param(page, marks=without(*packages or ()), id=page.name) for page, packages in needed.items()]
+
+
+@pytest.mark.parametrize("page", pages())
 def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_pages_say_what_they_need():
+    """Where a package is missing that a page imports and does not name, its blocks fail and are not skipped."""
+    assert {page.values[0].stem for page in pages() if page.marks} == {"lightning", "transformers", "accelerate", "loggers"}
 
 
 def test_the_readme_is_short_and_runs():
