@@ -101,5 +101,7 @@ def main(
     draw(result, out / "adopt_toy.png")
 
 
+app = cli.command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -12,7 +12,6 @@ soon as it is done, and `--only` repeats some parts. The tables are bench.md and
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -274,7 +273,7 @@ def first_steps(name: str, sizes: list[int], device: str) -> float:
 def part_steps(device: str, blocks: int, seconds: float) -> dict[str, Any]:
     """The optimizer step alone."""
     found: dict[str, Any] = {}
-    for title, (count, numel) in tqdm(SIZES.items(), desc="optimizer steps", unit="size"):
+    for title, (count, numel) in tqdm(SIZES.items(), desc="optimizer steps", unit="size", disable=None):
         names = EVERYTHING
         if count * numel >= 10**8:
             names = [n for n in EVERYTHING if n != "gdtuo" and "four" not in n]  # they take seconds per step and tens of gigabytes
@@ -293,7 +292,7 @@ def part_trainings(device: str, blocks: int, seconds: float) -> dict[str, Any]:
     names = [name for name in EVERYTHING if "trust" not in name]
     return {
         title: interleaved(lambda name, w=workload: training_step(name, w, device), names, blocks, 2 * seconds, device)
-        for title, workload in tqdm(TRAININGS.items(), desc="training steps", unit="model")
+        for title, workload in tqdm(TRAININGS.items(), desc="training steps", unit="model", disable=None)
     }
 
 
@@ -305,7 +304,9 @@ def part_heights(device: str, blocks: int, seconds: float) -> dict[str, Any]:
 
 def part_memory(device: str, *_: Any) -> dict[str, Any]:
     """Peak memory."""
-    copies = {name: peak(name, device) for name in tqdm([n for n in EVERYTHING if n != "gdtuo"], desc="memory", unit="optimizer")}
+    copies = {
+        name: peak(name, device) for name in tqdm([n for n in EVERYTHING if n != "gdtuo"], desc="memory", unit="optimizer", disable=None)
+    }
     return {name: {"copies": value, "more than Adam": value - copies[REFERENCE]} for name, value in copies.items()}
 
 
@@ -313,7 +314,7 @@ def part_compile(device: str, *_: Any) -> dict[str, Any]:
     """Seconds for the first six steps, compilation included."""
     return {
         title: {name: alone(first_steps, name, sizes, device) for name in ("eager", "compiled")}
-        for title, sizes in tqdm(COMPILE.items(), desc="compilation", unit="size")
+        for title, sizes in tqdm(COMPILE.items(), desc="compilation", unit="size", disable=None)
     }
 
 
@@ -413,7 +414,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     name = "bench" if device == "cpu" else f"bench_{device.partition(':')[0]}"
     path = out / f"{name}.json"
-    result = json.loads(path.read_text()) if path.exists() and (only or figures) else {}
+    result = store.read(path) if path.exists() and (only or figures) else {}
     for part in [] if figures else only or PARTS:
         stamp = provenance.stamp()
         commits = {**dict.fromkeys(result.keys() & PARTS, result.get("commit")), **result.get("commits", {}), part: stamp["commit"]}
@@ -426,5 +427,7 @@ def main(
     print(text)
 
 
+app = cli.command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

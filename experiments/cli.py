@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +15,35 @@ from experiments.store import Store
 from experiments.workloads import cifar10
 
 RESULTS = Path("experiments/results")
+
+
+def device(name: str) -> str:
+    """The same; typer.BadParameter unless it is a device that this machine has."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise typer.BadParameter(f"{name!r} cannot be used here, give cpu, cuda or cuda:1: {reason}", param_hint="--device") from error
+    return name
+
+
+def folder(path: Path) -> Path:
+    """The same; typer.BadParameter unless it is a folder that can be written to, or can be made."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise typer.BadParameter(f"{there} is a file: give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"{there} cannot be written to: give another folder")
+    return path
+
+
 Seeds = Annotated[int, typer.Option(min=1, help="number of seeds")]
 Steps = Annotated[int | None, typer.Option(min=1, help="stop each run after this many steps, to try the script")]
 Jobs = Annotated[int, typer.Option(min=1, help="number of processes, of one thread each")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+Device = Annotated[str, typer.Option(callback=device, help="cpu, cuda, …")]
 Again = Annotated[list[str] | None, typer.Option(help="forget the runs whose key begins with this; may be repeated")]
-Out = Annotated[Path, typer.Option(help="folder of the results")]
-Log = Annotated[Path, typer.Option(help="folder of the TensorBoard logs, which has a folder for each run")]
+Out = Annotated[Path, typer.Option(callback=folder, help="folder of the results")]
+Log = Annotated[Path, typer.Option(callback=folder, help="folder of the TensorBoard logs, which has a folder for each run")]
 Figures = Annotated[bool, typer.Option(help="only draw the figure and the table from existing results")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -24,8 +25,18 @@ def execute(tasks: Mapping[str, Callable[[], Any]], jobs: int) -> Iterator[tuple
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            keys = {pool.submit(task): key for key, task in tasks.items()}
+            # Ctrl-C reaches all processes. They inherit that it is ignored, and this one ends them.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                keys = {pool.submit(task): key for key, task in tasks.items()}
+            finally:
+                signal.signal(signal.SIGINT, handler)
             for future in as_completed(keys):
                 yield keys[future], future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)

@@ -22,7 +22,6 @@ Writes robustness_<workload>.json (after every run), .md (the table) and .png to
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -377,7 +376,7 @@ def main(
         chosen = replace(chosen, steps=steps, title=f"{chosen.title}, only {steps} steps of it")
     path = out / f"robustness_{workload}{'_validation' if validation else ''}.json"
     if path.exists():
-        result = json.loads(path.read_text())
+        result = store.read(path)
         if result["steps"] != chosen.steps:
             raise typer.BadParameter(f"{path} holds runs of {result['steps']} steps: choose another --out", param_hint="--steps")
     else:

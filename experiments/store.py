@@ -36,7 +36,7 @@ class Store:
         self.path = path
         self.result: dict[str, Any] = {**provenance.stamp(), "protocol": protocol, "runs": {}}
         if path.exists():
-            self.result = json.loads(path.read_text())
+            self.result = read(path)
             if self.result["protocol"] != json.loads(json.dumps(protocol)):
                 raise typer.BadParameter(f"{path} holds runs of {self.result['protocol']}, not of {protocol}", param_hint="--out")
 
@@ -85,11 +85,24 @@ def run_missing(result: dict[str, Any], path: Path, tasks: Tasks, jobs: int = 1,
     missing = {key: task for key, task in tasks.items() if key not in result["runs"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for key, run in tqdm(pool.execute(missing, jobs), total=len(missing), unit="run", disable=not missing):
+        for key, run in tqdm(
+            pool.execute(missing, jobs), total=len(missing), unit="run", disable=None if missing else True
+        ):  # None: shown on a terminal alone
             result["runs"][key] = {**run, **origin}
             write(result, path, indent)
     except data.DataNotFoundError as error:
         raise typer.BadParameter(str(error), param_hint="data") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results in a JSON file; typer.BadParameter if it holds none."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path} cannot be read, move it away or give another folder: {error}", param_hint="--out") from error
+    if not isinstance(result, dict):
+        raise typer.BadParameter(f"{path} holds no results: move it away or give another folder", param_hint="--out")
+    return result
 
 
 def write(result: Mapping[str, Any], path: Path, indent: int | None = None) -> None:

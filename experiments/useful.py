@@ -14,7 +14,6 @@ Writes useful.json (every run and the table) and useful.png to experiments/resul
 
 from __future__ import annotations
 
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -245,7 +244,7 @@ def main(
     path = out / ("useful_validation.json" if validation else "useful.json")
     measured = "validation" if validation else "test"
     new = {**provenance.stamp(), "measured": measured, "epochs": epochs, "seeds": seeds, "runs": {}}
-    result = json.loads(path.read_text()) if path.exists() else new
+    result = store.read(path) if path.exists() else new
     runs = result["runs"]
     for name in [name for name in runs if name.split(" | ")[1] in (again or ())]:
         del runs[name]
@@ -262,5 +261,7 @@ def main(
     print("\n".join([*show(result["table"], measured), "", *reasons(result["table"])]))
 
 
+app = cli.command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,9 +1,16 @@
 """The scripts of experiments/, end to end on scikit-learn's digits."""
 
+import contextlib
+import importlib
 import json
 import math
+import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +19,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from experiments import data, mnist, models, robustness
+from experiments import data, mnist, models, robustness, store
 from experiments.workloads import WORKLOADS
+from hyperopt import HyperOptimizer
 from hyperopt.record import read_csv
 
 EPOCHS, STEPS = 4, 4 * 6  # 1,438 digits in batches of 256
@@ -386,3 +394,198 @@ def test_the_readme_of_the_experiments_has_the_results(label, name):
         found = max(score.mean for score in scores.values())
         assert (float(at), best) == (cell_lr, f"{score.mean:.2f}")
         assert abs(float(worst) - found) <= 0.5 if math.isfinite(found) else worst == "diverged"
+
+
+# ---- the command lines
+
+
+SCRIPTS = [
+    "adopt_toy",
+    "bench",
+    "char_rnn",
+    "cifar",
+    "exponent",
+    "gpt",
+    "heights",
+    "held_out",
+    "mnist",
+    "mnist_table",
+    "robustness",
+    "useful",
+    "zoo",
+]
+
+
+def command(name, *arguments):
+    app = importlib.import_module(f"experiments.{name}").app
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def options(name):
+    return command(name, "--help").output
+
+
+def is_one_line_for(outcome, option):
+    assert outcome.exit_code == 2, outcome.output
+    assert "Traceback" not in outcome.output
+    (line,) = [line for line in outcome.output.splitlines() if line.startswith("Error: ")]
+    assert f"Invalid value for {option}: " in line.replace("'", "")
+    return True
+
+
+def test_every_script_with_a_command_line_is_listed():
+    folder = Path(mnist.__file__).parent
+    assert sorted(path.stem for path in folder.glob("*.py") if "\napp = " in path.read_text()) == SCRIPTS
+    assert not [path.name for path in folder.glob("*.py") if "typer.run(" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bad_options_are_one_clean_line(name, tmp_path):
+    (tmp_path / "file").touch()
+    shown = options(name)
+    assert "--out" in shown
+    assert is_one_line_for(command(name, "--out", tmp_path / "file"), "--out")
+    below = command(name, "--out", tmp_path / "file" / "below")
+    assert is_one_line_for(below, "--out")
+    assert f"{tmp_path / 'file'} is a file: give a folder" in below.output
+    if "--device" in shown:
+        for device in "nonsense", "cuda:99", "cpu:x", "meta", "":
+            assert is_one_line_for(command(name, "--device", device, "--out", tmp_path), "--device")
+    if "--seed " in shown:
+        for seed in "-1", str(2**63), "one":
+            assert is_one_line_for(command(name, "--seed", seed, "--out", tmp_path), "--seed")
+    if "--seeds " in shown:
+        assert is_one_line_for(command(name, "--seeds", "0", "--out", tmp_path), "--seeds")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_clean_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    outcome = command("mnist", "--out", tmp_path / "new")
+    assert is_one_line_for(outcome, "--out")
+    assert f"{tmp_path} cannot be written to: give another folder" in outcome.output
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize(
+    ("name", "file"), [("heights", "heights"), ("robustness", "robustness_m3"), ("useful", "useful"), ("bench", "bench")]
+)
+def test_results_that_cannot_be_read_are_one_clean_line(name, file, text, tmp_path):
+    (tmp_path / f"{file}.json").write_text(text)
+    outcome = command(name, "--figures", "--out", tmp_path)
+    assert is_one_line_for(outcome, "--out")
+    assert "give another folder" in outcome.output
+    assert (tmp_path / f"{file}.json").read_text() == text
+
+
+def test_a_tower_that_averages_is_evaluated_with_its_average(tmp_path, monkeypatch):
+    inside = []
+    kept = HyperOptimizer.averaged
+
+    def seen(self):
+        inside.append(self.tower)
+        return kept(self)
+
+    monkeypatch.setattr(HyperOptimizer, "averaged", seen)
+    outcome = run("--tower", "ScheduleFree(Adam)(lr=0.01) / Adam", "--device", "cpu", "--out", tmp_path)
+    assert outcome.exit_code == 0, outcome.output
+    assert len(inside) == 3 * EPOCHS
+    assert {str(tower).partition("(lr")[0] for tower in inside} == {"ScheduleFree(Adam)"}
+
+
+def test_there_is_no_progress_bar_without_a_terminal(finished):
+    output, _ = finished
+    assert "step/s" not in output
+    assert "\r" not in output
+
+
+def interrupted(monkeypatch, after):
+    """Ctrl-C in a step of `experiments.mnist`."""
+    calls = []
+
+    def step(self, *arguments):
+        calls.append(1)
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+        return kept(self, *arguments)
+
+    kept = HyperOptimizer._step  # torch wraps `step`
+    monkeypatch.setattr(HyperOptimizer, "_step", step)
+
+
+@pytest.mark.parametrize(("after", "names", "count"), [(8, ["tower"], 8), (STEPS + 1, ["tower", "initial"], 1), (STEPS, ["tower"], None)])
+def test_ctrl_c_leaves_what_was_learned_so_far(after, names, count, tmp_path, monkeypatch):
+    interrupted(monkeypatch, after)
+    outcome = run("--tower", "Adam / Adam", "--device", "cpu", "--out", tmp_path)
+    assert outcome.exit_code == 130
+    assert "Traceback" not in outcome.output
+    assert "Interrupted: this is what there was until then." in outcome.output
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [run["run"] for run in result["runs"]] == names
+    assert result["runs"][-1].get("stopped_after") == count
+    assert len(read_csv(tmp_path / "hyperparameters.csv")["step"]) == min(after, STEPS)
+    assert (tmp_path / "hyperparameters.png").exists()
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
+    interrupted(monkeypatch, 0)
+    outcome = run("--device", "cpu", "--out", tmp_path)
+    assert outcome.exit_code in (1, 130)
+    assert "Traceback" not in outcome.output
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    store.write({"runs": 1}, path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for name in "replace", "write_text":
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.write({"runs": 2}, path)
+        assert json.loads(path.read_text()) == {"runs": 1}
+    folder = Path(mnist.__file__).parent
+    assert [file.name for file in folder.glob("*.py") if "json.dump" in file.read_text()] == ["store.py"]
+
+
+def slow(seconds):
+    time.sleep(seconds)
+    return {"metric": seconds}
+
+
+INTERRUPTED = """
+import sys
+from functools import partial
+from pathlib import Path
+sys.path[:0] = {path!r}
+from experiments.store import Store
+from test_experiments import slow
+
+if __name__ == "__main__":
+    try:
+        Store(Path({out!r})).complete({{"a": partial(slow, 0), "b": partial(slow, 500)}}, jobs=2)
+    except KeyboardInterrupt:
+        sys.exit(77)
+"""
+
+
+def test_ctrl_c_ends_the_processes_of_a_pool_and_keeps_the_runs_that_are_done(tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "results.json"
+    script.write_text(INTERRUPTED.format(path=[str(Path(mnist.__file__).parent.parent), str(Path(__file__).parent)], out=str(out)))
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        begin = time.monotonic()
+        while not out.exists() and time.monotonic() < begin + 120:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 77, errors
+    assert not errors, errors  # no traceback, and no progress bar without a terminal
+    assert list(json.loads(out.read_text())["runs"]) == ["a"]

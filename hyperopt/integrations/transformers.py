@@ -16,7 +16,7 @@ from .averages import Averages, copied
 FOLDER, FILE = "averaged", "pytorch_model.bin"  # in a checkpoint
 
 
-class AveragedWeights(TrainerCallback):
+class AveragedWeights(TrainerCallback):  # pyright: ignore[reportGeneralTypeIssues]
     """Evaluation during training with the averaged weights of a tower, which are also saved, as `checkpoint-…/averaged`.
 
     The weights of a checkpoint itself are those that training goes on from. Once training is over, the model has the averaged weights, with
