@@ -28,7 +28,7 @@ NOT_APPLICABLE = {
     "foreach and fused against the plain loop, their peak memory": "there is one implementation, chosen when bound, and the flags are "
     "ignored: that all implementations agree is in test_native.py, test_engine.py and test_passes.py",
     "fused and GradScaler": "GradScaler unscales, as for any optimizer that does not do it itself: test_amp_ddp.py",
-    "capturable in a CUDA graph": "a step has Python between its kernels",
+    "capturable in a CUDA graph": "not supported: what a step notices, such as assignments, it notices in Python",
     "state dicts of older versions, or with numbers for tensors": "checkpoints have a format of their own: test_errors.py",
     "less memory with beta1 = 0": "a hyperparameter held at 0 has no state: test_optimizer.py",
     "a closure that is required": "no rule needs one",
