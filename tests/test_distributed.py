@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ def processes(rank, ranks, folder, name="store"):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     yield
     dist.barrier()
+    done(rank, folder, name)
     os._exit(0)  # gloo's threads now and then abort a process that ends them, and an interpreter takes a second to finish
 
 
@@ -99,8 +101,15 @@ def reductions():
     dist.all_reduce = original
 
 
-def spawn(function, ranks, *args):
-    torch.multiprocessing.spawn(function, (ranks, *args), nprocs=ranks)
+def done(rank, folder, name="store"):
+    """Note that a rank has made all of its assertions."""
+    Path(f"{folder}/{name}.done.{rank}").touch()
+
+
+def assert_on_ranks(function, ranks, folder, *args, name="store", finish=None):
+    """Run a function of assertions in as many processes; all of them (or those in `finish`) must get to its end, and none raise."""
+    torch.multiprocessing.spawn(function, (ranks, str(folder), *args), nprocs=ranks)
+    assert {int(path.suffix[1:]) for path in Path(folder).glob(f"{name}.done.*")} == set(finish or range(ranks))
 
 
 def assert_trains_like_one_process(tower, model, twin, part, at_most=2):
@@ -150,7 +159,7 @@ def _fully_shard(rank, ranks, folder):
 
 @pytest.mark.parametrize("ranks", [2, 4])  # of the five rows of the first matrix, the last of four ranks has none
 def test_fully_shard_does_what_one_process_does(ranks, tmp_path):
-    spawn(_fully_shard, ranks, str(tmp_path))
+    assert_on_ranks(_fully_shard, ranks, tmp_path)
 
 
 def _meshes(rank, ranks, folder):
@@ -182,7 +191,7 @@ def _meshes(rank, ranks, folder):
 
 
 def test_meshes_of_two_dimensions_and_tensor_parallel(tmp_path):
-    spawn(_meshes, 4, str(tmp_path))
+    assert_on_ranks(_meshes, 4, tmp_path)
 
 
 def _reductions(rank, ranks, folder):
@@ -243,7 +252,7 @@ def _reductions(rank, ranks, folder):
 
 
 def test_groups_live_optimizers_and_held_out_losses(tmp_path):
-    spawn(_reductions, 2, str(tmp_path))
+    assert_on_ranks(_reductions, 2, tmp_path)
 
 
 def _compiled(rank, ranks, folder):
@@ -265,7 +274,7 @@ def _compiled(rank, ranks, folder):
 
 
 def test_compiled_steps(tmp_path):
-    spawn(_compiled, 2, str(tmp_path))
+    assert_on_ranks(_compiled, 2, tmp_path)
 
 
 def _save(rank, ranks, folder):
@@ -326,13 +335,13 @@ def _load(rank, ranks, folder, taken):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("saved"))
-    spawn(_save, 4, folder)
+    assert_on_ranks(_save, 4, folder, name="saving")
     return folder
 
 
 @pytest.mark.parametrize("taken", [3, 0])  # steps of the optimizer that is loaded into
 def test_a_checkpoint_of_four_ranks_on_two(taken, saved):
-    spawn(_load, 2, saved, taken)
+    assert_on_ranks(_load, 2, saved, taken, name=f"loading{taken}")
 
 
 def _join(rank, ranks, folder):
@@ -362,7 +371,7 @@ def _join(rank, ranks, folder):
 
 
 def test_join(tmp_path):
-    spawn(_join, 2, str(tmp_path))
+    assert_on_ranks(_join, 2, tmp_path)
 
 
 def _dies(rank, ranks, folder):
@@ -378,12 +387,13 @@ def _dies(rank, ranks, folder):
             if step:
                 with pytest.raises(RuntimeError):
                     optimizer.step()
+                done(rank, folder)
                 os._exit(0)
             optimizer.step()
 
 
 def test_a_rank_that_dies_ends_the_step_of_the_others(tmp_path):
-    spawn(_dies, 2, str(tmp_path))
+    assert_on_ranks(_dies, 2, tmp_path, finish=[0])
 
 
 class Coupled(Adam):
@@ -435,4 +445,4 @@ def _refused(rank, ranks, folder):
 
 
 def test_what_would_let_ranks_learn_apart_is_refused(tmp_path):
-    spawn(_refused, 2, str(tmp_path))
+    assert_on_ranks(_refused, 2, tmp_path)

@@ -19,7 +19,7 @@ from .graph import Graph
 from .kernels import kernel
 from .native import Native
 from .part import EAGER, STAGES, WHOLE, Part
-from .shards import Ranks, held, local
+from .shards import Ranks, elements, local
 from .tables import serves
 
 # Elements from which on a tensor is stepped in place: gathering then costs more than one more round of kernels. A few fused rounds are
@@ -56,16 +56,16 @@ def parts(
     """Parameters that can be stepped as one: of one device, dtype, role and step count, with the same things kept for each, and on as
     many ranks. All ranks find the same."""
     found: dict[Any, list[Tensor]] = {}
-    few = compile and sum(held(p) >= LARGE_FUSED for p in params) < PIECES
+    few = compile and sum(elements(p) >= LARGE_FUSED for p in params) < PIECES
     for p in params:
         record = state[p]
         rule = serving(p)
         key = (p.device, p.dtype, ranks.share(p), rule.role.direction, float(record["t"]) if "t" in record else 0.0, tuple(record))
         large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
-        if held(p) >= large or not rule.elementwise:
+        if elements(p) >= large or not rule.elementwise:
             key = (*key, p)
         part = found.setdefault(key, [])
-        if part and sum(map(held, part)) + held(p) > CAPACITY:
+        if part and sum(map(elements, part)) + elements(p) > CAPACITY:
             yield found.pop(key)
             part = found.setdefault(key, [])
         part.append(p)

@@ -45,7 +45,7 @@ def whole(value: Tensor, p: Any) -> Tensor:
     return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def held(p: Any) -> int:
+def elements(p: Any) -> int:
     """How many elements of a tensor a rank holds, about; the same number on all ranks."""
     return p.numel() // math.prod(group.size() for group in _sharding(p).values())
 
