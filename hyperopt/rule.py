@@ -94,6 +94,7 @@ class Rule(ABC):
     # What lr moves: x, or the state of this name; x is then lerp(state[moved], state[average], state["mix"]) with a number "mix".
     moved: ClassVar[str] = "x"
     average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
+    through: ClassVar[float] = 1.0  # the share of the average in the point through which the hypergradient of a step is taken; the rest is `moved`
     parts: ClassVar[tuple[str, ...]] = ()  # the names of the directions, where there are two (Muon | Adam)
     role: ClassVar[Role] = Role()  # of the tensors that it is to step
 
@@ -121,6 +122,14 @@ class Rule(ABC):
             h, t: as in `direction`.
         """
         return place, state
+
+    def total(self, g: Tensor, x: Tensor, state: State) -> Tensor | None:
+        """What some of the weights add to a number that `after` is to know of all of them, as `h.total`; None if there is none.
+
+        Args:
+            g, x, state: gradient, weights and state before the step.
+        """
+        return None
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         """The diagonal H of a step −lr·H⁻¹·m, up to a common factor: the metric in which weights are projected onto a feasible set.

@@ -24,9 +24,10 @@ CHUNKS = [[3, 7001], [1, 1024, 17]]  # sizes; the second chunk has taken seven s
 SHARED = [[3, 40_001], [1, 1024, 17]]  # enough for two threads
 FAR = [[3], [1_100_001]]  # enough for fetching ahead
 STEPS = 5
-RULES = ["plain", "averaged", "averaged untold", "stored", "recomputed"]
-NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX]
+RULES = ["plain", "averaged", "averaged untold", "stored", "recomputed", "stored, forgetting", "recomputed, forgetting"]
+NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE]
 KEEP = 0.9
+FORGET, THROUGH = 0.3, 0.6
 
 pytestmark = [
     pytest.mark.skipif(built() is None, reason="no compiler"),
@@ -45,8 +46,12 @@ class Case:
     decay: float
     learned: bool
 
+    @property
+    def forgets(self) -> bool:
+        return self.rule.endswith("forgetting")
+
     def columns(self) -> list[Column]:
-        free, mean = self.rule in ("stored", "recomputed"), self.rule.startswith("averaged")
+        free, mean = self.rule.startswith(("stored", "recomputed")), self.rule.startswith("averaged")
         have = {
             Column.X: True,
             Column.G: True,
@@ -54,7 +59,7 @@ class Case:
             Column.M: self.direction == "momentum",
             Column.V: self.direction != "given",
             Column.PLACE: free,
-            Column.AVERAGE: mean or self.rule == "stored",
+            Column.AVERAGE: mean or self.rule.startswith("stored"),
             Column.ZX: self.learned,
             Column.ZA: self.learned and (free or self.rule == "averaged"),
         }
@@ -69,7 +74,7 @@ CASES = [
 
 
 def name(case: Case) -> str:
-    return f"{case.direction}-{case.rule.replace(' ', '-')}-{'decay' if case.decay else 'still'}-{'learned' if case.learned else 'fixed'}"
+    return f"{case.direction}-{case.rule.replace(', ', '-').replace(' ', '-')}-{'decay' if case.decay else 'still'}-{'learned' if case.learned else 'fixed'}"
 
 
 def unaligned(size: int) -> Tensor:
@@ -94,7 +99,7 @@ class Weights:
     chunks: list[list[int]]
     tensors: dict[Column, list[Tensor]] = field(init=False)
     numbers: list[dict[Column, Tensor]] = field(init=False)
-    sums: Tensor = field(default_factory=lambda: torch.full((4,), math.nan))
+    sums: Tensor = field(default_factory=lambda: torch.full((5,), math.nan))
 
     def __post_init__(self) -> None:
         sizes = [size for chunk in self.chunks for size in chunk]
@@ -104,7 +109,7 @@ class Weights:
         self.values = [torch.zeros(()) for _ in Value]
         blocks = [(i, at, min(BLOCK, size - at)) for i, size in enumerate(sizes) for at in range(0, size, BLOCK)]
         self.blocks = torch.tensor(blocks)
-        self.partial = torch.full((4 * len(blocks),), math.nan, dtype=torch.float64)
+        self.partial = torch.full((5 * len(blocks),), math.nan, dtype=torch.float64)
         self.owner = [i for i, chunk in enumerate(self.chunks) for _ in chunk]
         rows = [[self._pointer(column, i) for i in range(len(sizes))] for column in Column]
         self.table = (ctypes.c_void_p * (len(Column) * len(sizes)))(*itertools.chain(*rows))
@@ -114,10 +119,12 @@ class Weights:
         if column not in NUMBERS:
             return self.tensors[column][i].data_ptr() if column in self.tensors else None
         free = Column.PLACE in self.tensors and (self.case.learned or column != Column.ZWEIGHT)
+        free = free and (self.case.forgets or column not in (Column.LAG, Column.LAG_SIZE))
         return self.numbers[self.owner[i]][column].data_ptr() if free or column == Column.T else None
 
     def set(self, h: Hypers) -> None:
-        for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, self.case.decay, h.beta, h.rest_decay], strict=True):
+        options = [FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]
+        for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, self.case.decay, h.beta, h.rest_decay, *options], strict=True):
             value.fill_(number)
 
     def look(self, measure: int, threads: int = 1) -> list[float]:
@@ -125,9 +132,9 @@ class Weights:
         passes().look(threads, measure, *table, self.partial.data_ptr(), self.sums.data_ptr())
         return self.sums.tolist()
 
-    def take(self, ok: float, lr: float, keep: float, threads: int = 1) -> list[float]:
+    def take(self, ok: float, lr: float, keep: float, threads: int = 1, behind: float = 0.0) -> list[float]:
         table = len(self.blocks), self.blocks.data_ptr(), len(self.owner), ctypes.addressof(self.table), ctypes.addressof(self.pointers)
-        orders, heads = torch.tensor([ok, lr, keep]), self.heads
+        orders, heads = torch.tensor([ok, lr, keep, behind]), self.heads
         passes().take(threads, *table, len(heads), heads.data_ptr(), orders.data_ptr(), self.partial.data_ptr(), self.sums.data_ptr())
         return self.sums.tolist()
 
@@ -156,7 +163,8 @@ def started(case: Case, chunks: list[list[int]] = CHUNKS) -> Weights:
             if column == Column.V:
                 t.square_()
     last = made.numbers[1]
-    for column, number in {Column.T: 7.0, Column.WEIGHT: 0.02, Column.ZWEIGHT: 0.03, Column.MIX: 0.7}.items():
+    known = {Column.T: 7.0, Column.WEIGHT: 0.02, Column.ZWEIGHT: 0.03, Column.MIX: 0.7, Column.LAG: -40.0, Column.LAG_SIZE: 50.0}
+    for column, number in known.items():
         last[column].fill_(number)
     for i, x in enumerate(made.tensors[Column.X]):
         averages = made.tensors.get(Column.AVERAGE)
@@ -183,12 +191,12 @@ class Reference:
     def __init__(self, made: Weights, i: int) -> None:
         self.case, numbers = made.case, made.numbers[made.owner[i]]
         self.has = {column: tensors[i].double() for column, tensors in made.tensors.items()}
-        self.t, self.weight, self.zweight, self.mix = (numbers[column].double() for column in NUMBERS)
+        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size = (numbers[column].double() for column in NUMBERS)
         self.free = Column.PLACE in self.has
         x = self.has[Column.X]
         self.place = self.has.get(Column.PLACE, x)
         self.average = self.has.get(Column.AVERAGE, x)
-        if self.case.rule == "recomputed" and self.mix != 0:
+        if self.case.rule.startswith("recomputed") and self.mix != 0:
             self.average = self.place + (x - self.place) / self.mix
         zeros = torch.zeros_like(x)
         self.m, self.v = self.has.get(Column.M, zeros), self.has.get(Column.V, zeros)
@@ -209,15 +217,22 @@ class Reference:
     def look(self, g: Tensor, d: Tensor | None, h: Hypers) -> list[Tensor]:
         s = self.direction(g, d, h)[0] + self.case.decay * self.x(self.place, self.average, self.mix)
         tangent = self.za if self.free else self.z
-        return [g.sum(), (g * tangent).sum(), (self.place**2).sum(), (s**2).sum()]
+        if self.case.forgets:
+            tangent = THROUGH * self.za + (1 - THROUGH) * self.z
+        behind = (g * (self.place - self.average)).sum() * self.case.forgets
+        return [g.sum(), (g * tangent).sum(), (self.place**2).sum(), (s**2).sum(), behind]
 
-    def take(self, g: Tensor, d: Tensor | None, h: Hypers) -> None:
+    def take(self, g: Tensor, d: Tensor | None, h: Hypers, behind: float) -> None:
+        past = 1.0
+        if self.case.forgets:
+            self.lag, self.lag_size = 0.98 * self.lag + 0.02 * behind, 0.98 * self.lag_size + 0.02 * abs(behind)
+            past = 1 - FORGET * max(0.0, float(-self.lag / self.lag_size))
         d, self.m, self.v = self.direction(g, d, h)
         t, decay = self.t + 1, 1 - h.rest_decay
         with forward_ad.dual_level():
             lr = forward_ad.make_dual(torch.tensor(h.lr).double().log(), torch.ones(()).double()).exp()
             place, average = forward_ad.make_dual(self.place, KEEP * self.z), forward_ad.make_dual(self.average, KEEP * self.za)
-            weight = forward_ad.make_dual(self.weight, KEEP * self.zweight) + lr**2
+            weight = past * forward_ad.make_dual(self.weight, KEEP * self.zweight) + lr**2
             place = place - lr * (d + self.case.decay * self.x(place, average, self.mix))
             share = lr**2 / weight if self.free else h.rest_decay / (1 - decay**t)
             average = average + share * (place - average)
@@ -244,6 +259,8 @@ class Reference:
         if self.free:
             close(numbers[Column.WEIGHT], self.weight, "weight")
             close(numbers[Column.MIX], self.mix, "mix")
+            close(numbers[Column.LAG], self.lag, "lag")
+            close(numbers[Column.LAG_SIZE], self.lag_size, "size of lags")
             if self.case.learned:
                 close(numbers[Column.ZWEIGHT], self.zweight, "tangent of weight")
 
@@ -276,11 +293,12 @@ def follow(case: Case, chunks: list[list[int]], steps: int) -> None:
         sums[2] = sums[2] if step == 0 else weights
         each = [r.look(g, d, h) for r, g, d in zip(references, gs, ds, strict=True)]
         expected = [float(sum(column)) for column in zip(*each, strict=True)]
-        expected = [1.0, expected[1] * case.learned, math.sqrt(expected[2]), math.sqrt(expected[3])]
+        behind = expected[4]
+        expected = [1.0, expected[1] * case.learned, math.sqrt(expected[2]), math.sqrt(expected[3]), behind]
         torch.testing.assert_close(sums, expected, rtol=2e-5, atol=1e-6 * sum(map(sum, chunks)) + 1e-3)
         for r, g, d in zip(references, gs, ds, strict=True):
-            r.take(g, d, h)
-        weights = made.take(1.0, h.lr, KEEP)[2]
+            r.take(g, d, h, behind)
+        weights = made.take(1.0, h.lr, KEEP, behind=sums[4])[2]
         for i, r in enumerate(references):
             r.compare(made, i)
 
@@ -333,7 +351,7 @@ def test_look_is_asked_for_no_more_than_it_does(measure: int) -> None:
     gradients(made, torch.Generator().manual_seed(1))
     full, sums = made.look(1), made.look(measure)
     assert sums[:2] == pytest.approx(full[:2], rel=1e-6)
-    assert sums[2:] == [full[2] if measure == 1 else 0, full[3] if measure else 0]
+    assert sums[2:] == [full[2] if measure == 1 else 0, full[3] if measure else 0, 0]
 
 
 def test_gradients_that_are_not_finite_are_seen() -> None:
@@ -387,7 +405,7 @@ def test_without_gradients_and_eps_nothing_moves(direction: str) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-25, 1e-20])
-@pytest.mark.parametrize("rule", ["stored", "recomputed"])
+@pytest.mark.parametrize("rule", ["stored", "recomputed", "recomputed, forgetting"])
 def test_a_vanishing_lr_leaves_all_finite(rule: str, lr: float) -> None:
     made = started(Case("momentum", rule, 0.1, True))
     for _ in range(3):

@@ -42,6 +42,11 @@ class Case:
     held_out: Callable[[int], Sequence[tuple[bool, float]]] = lambda step: ()
 
 
+def forgetting(o: ModuleType, base: Any) -> Any:
+    """ScheduleFree whose average forgets, with hypergradients that are taken through both ends."""
+    return o.ScheduleFree(base, 0.2, 0.8) if o is twin else o.ScheduleFree(base)(forget=0.2, through=0.8)
+
+
 TWO = ((3, 2), (4,))
 CASES = {
     # ---- no guards
@@ -103,6 +108,14 @@ CASES = {
         lambda o: o.Hyper(o.ScheduleFree(o.AdamW), lr=0.01, learn=("lr", "weight_decay")).stack(o.Adam)
     ),
     "ScheduleFree, horizon 1": Case(lambda o: o.Hyper(o.ScheduleFree(o.SGD), lr=0.01, learn=("lr", "beta1"), horizon=1).stack(o.SGD)),
+    "ScheduleFree that forgets": Case(
+        lambda o: o.Hyper(forgetting(o, o.Adam), lr=0.001).stack(o.Adam), TWO, absent=lambda parameter, step: parameter == 1 and step < 9
+    ),
+    "ScheduleFree that forgets, beta1 and decay": Case(
+        lambda o: o.Hyper(forgetting(o, o.AdamW), lr=0.01, learn=("lr", "beta1", "weight_decay")).stack(o.Adam, eps=1e-4),
+        bad={9: (0, math.nan)},
+    ),
+    "ScheduleFree that forgets, above": Case(lambda o: o.Hyper(o.Adam, lr=10.0).stack(forgetting(o, o.Adam))),
     # Above level 0 the library limits the move of y, and in its size counts what a node below has shifted; the twin limits the move of z
     # alone. The two are the same where no limit is reached: moves of .1 against .5 here, and trust=None below.
     "ScheduleFree above": Case(lambda o: o.Hyper(o.Adam, lr=10.0).stack(o.ScheduleFree(o.Adam))),

@@ -73,6 +73,10 @@ class Rule:
         """The diagonal H, up to a common factor, in a step −lr·H⁻¹·m: the metric in which weights are projected onto a feasible set."""
         return torch.ones_like(s["x"])
 
+    def total(self, g, s):
+        """What a part adds to the number that `after` knows of all of them, as h.total."""
+        return numbers(0)
+
     def pulled(self, Z, s):
         """The tangent that the gradient of a step is multiplied with."""
         return Z["x"]
@@ -124,37 +128,44 @@ class AdamW(Adam):
 class ScheduleFree(Rule):
     """Schedule-Free averaging, over the direction of `base` without its first moment (Defazio et al. 2024, arXiv 2405.15682).
 
-    z = z − lr·(d + weight_decay·y),   a = a + c·(z − a), c = lr² / Σlr²,   y = beta1·a + (1 − beta1)·z
+    z = z − lr·(d + weight_decay·y),   a = a + c·(z − a), c = lr² / w, w = (1 − forget·behind)·w + lr²,   y = beta1·a + (1 − beta1)·z
 
-    Gradients are taken at y, which is x here; the model is evaluated at the average a, which is x in the paper.
+    Gradients are taken at y, which is x here; the model is evaluated at the average a, which is x in the paper. How far the average lags
+    behind is told by the means of gᵀ(z − a) and of its size: 1 where z always lies downhill. The paper has forget = 0.
     """
 
     decoupled = True
     trust, trust_warmup, horizon = 0.1, 20, 500.0
     moved, average = "z", "a"
 
-    def __init__(self, base):
-        self.base = base()
+    def __init__(self, base, forget=0.0, through=1.0):
+        self.base, self.forget, self.through = base(), forget, through
         kept = {n: v for n, v in base.defaults.items() if n not in ("momentum", "dampening")}
         self.defaults, self.defaults_above = {**kept, "beta1": 0.9}, base.defaults_above
 
     def init(self, x):
-        return {**self.base.init(x), "z": x, "a": x, "beta1": numbers(0), "sum": numbers(0)}
+        return {**self.base.init(x), "z": x, "a": x, **dict.fromkeys(("beta1", "sum", "lag", "size"), numbers(0))}
 
     def direction(self, g, s, h, t):
         return self.base.direction(g, s, self.without_first_moment(h), t)
 
     def after(self, z, s, h, t):
-        total = s["sum"] + h.lr**2
-        a = s["a"] + h.lr**2 / total * (z - s["a"])
-        return {**s, "z": z, "a": a, "x": z + h.beta1 * (a - z), "beta1": h.beta1, "sum": total}
+        lag, size = (0.98 * s[n] + 0.02 * v for n, v in (("lag", h.total), ("size", h.total.abs())))
+        behind = (-lag / size.clamp_min(TINY)).clamp_min(0)
+        w = (1 - self.forget * behind) * s["sum"] + h.lr**2
+        a = s["a"] + h.lr**2 / w * (z - s["a"])
+        return {**s, "z": z, "a": a, "x": z + h.beta1 * (a - z), "beta1": h.beta1, "sum": w, "lag": lag, "size": size}
+
+    def total(self, g, s):
+        return (g * (s["z"] - s["a"])).sum()[None]
 
     def metric(self, s, h, t):
         return self.base.metric(s, self.without_first_moment(h), t)
 
     def pulled(self, Z, s):
         # As if the gradient had been taken at a, where the model is evaluated: the tangent of y with that of a in place of that of z.
-        return Z["a"] + (s["a"] - s["z"]) * Z["beta1"]
+        # With through < 1 a part of it is that of z.
+        return self.through * Z["a"] + (1 - self.through) * Z["z"] + (s["a"] - s["z"]) * Z["beta1"]
 
     def shifted(self, s, by):
         return {**s, "x": s["x"] + by, "z": s["z"] + by, "a": s["a"] + by}
@@ -353,6 +364,7 @@ class Node:
             learn: whether the levels above step too.
         """
         active = [(part, g) for part, g in zip(self.parts, gs, strict=True) if g is not None]
+        self.total = sum(self.rule.total(g, part.s) for part, g in active)
         t = 1 + max(part.t for part, _ in active)
         q = self.held_out or (self.pull(active) if learn else {})
         r, finite = self.learn(q if t > 1 else {})  # the same recursion, one level up
@@ -456,7 +468,7 @@ class Node:
     def h(self, part, r, constant=lambda v: v):
         """A part's hyperparameters at r, by name."""
         learned = {n: self.domains[n].value(v) for n, v in r.items()}
-        held = {n: constant(v) for n, v in (self.held | self.bound).items()}
+        held = {n: constant(v) for n, v in (self.held | self.bound).items()} | {"total": constant(self.total)}
         return SimpleNamespace(**{n: part.own(v) for n, v in (learned | held).items()})
 
     def publish(self, r):

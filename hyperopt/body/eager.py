@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..guards import FLOOR, Size, is_finite
 from ..hyperparameter import Raw
-from ..rule import State, Values, interpolated, overrides
+from ..rule import Rule, State, Values, interpolated, overrides
 from ..tangents import Point
 from . import general
 from .arithmetic import Selected, Weighted
 from .blocks import Block, blocks, combined, norm
 from .buffers import Buffer, Tangent
-from .hypergradient import Hypergradient
+from .hypergradient import Hypergradient, average_too
 from .kernels import Kernel
 from .part import EAGER, WHOLE, Part
 
@@ -44,6 +44,7 @@ class Eager:
         self.buffers: Sequence[Buffer] = ()  # those that have a gradient in this step
         self.blocks: list[Block] = []
         self.directions: list[Tensor] | None = None
+        self.total: Tensor | None = None  # the number that the rule asks for of all weights
         self.arrange(EAGER)
         rule, learned = part.rule, self.tangents.names
         self.projects = part.trust is not None and "lr" in learned
@@ -57,6 +58,7 @@ class Eager:
         self.follows = part.level > 0 and interpolates
         # At horizon 1 the tangents of the state, which imply those of x, are not kept.
         self.implied = part.level == 0 and interpolates and self.tangents.gamma > 0
+        self.asks = overrides(rule, "total") and _asks(rule, torch.zeros(1, device="cpu"))
         self.hypergradient = Hypergradient(rule, part.hypers, learned, implied=self.implied)
 
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
@@ -106,18 +108,25 @@ class Eager:
                 self.blocks = [Block(buffer, x, g, buffer.state, buffer.tangents, buffer.t)]
             block = self.blocks[0]  # above level 0 it is always the same one
             block.g, block.t, block.made = g, buffer.t + 1, None
+            self.total = self.rule.total(g, x, buffer.state)
             return None, self.hypergradient.combined([self.hypergradient.of(buffer, g)]) if wanted else {}
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
         self.blocks = self._blocks(gs)
-        total = combined([total.to(self.hypers.like) for total, _ in looks], torch.add, torch.sum)
-        q = self.hypergradient.combined([share for _, share in looks]) if wanted else {}
-        total, *pulled = self.ranks.sum([total, *q.values()])
-        return is_finite(total), dict(zip(q, pulled, strict=True))
+        numbers, shares = zip(*looks, strict=True)
+        sums = [combined([n.to(self.hypers.like) for n in each], torch.add, torch.sum) for each in zip(*numbers, strict=True)]
+        q = self.hypergradient.combined(shares) if wanted else {}
+        sums = self.ranks.sum([*sums, *q.values()])
+        self.total = sums.pop(1) if self.asks else None
+        return is_finite(sums[0]), dict(zip(q, sums[1:], strict=True))
 
-    def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[Tensor, Raw]:
-        """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, and its share of Zᵀg."""
+    def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[list[Tensor], Raw]:
+        """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, what the rule asks for, and Zᵀg."""
         # That finite elements near 1e38 can add up to infinity is accepted; the sum is four times as fast as the largest |element|.
-        return g.sum(), self.hypergradient.of(buffer, g, split=self.mode == EAGER) if wanted else {}
+        numbers, split = [g.sum()], self.mode == EAGER
+        if self.asks:
+            found = [self.rule.total(block.g, block.x, average_too(self.rule, block)) for block in blocks(buffer, g, split=split)]
+            numbers.append(buffer.share * combined([total for total in found if total is not None], torch.add, torch.sum))
+        return numbers, self.hypergradient.of(buffer, g, split=split) if wanted else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
         """How large the step at `r` would be; None where nobody asks."""
@@ -228,7 +237,10 @@ class Eager:
         """The hyperparameters at `r`, spread over the coordinates of a block where they differ there."""
         t, known = block.t, self.hypers.like
         plain = not block.buffer.positions and t.dtype == known.dtype and t.device == known.device
-        return self.hypers.values(r, None if plain else block.spread)
+        h = self.hypers.values(r, None if plain else block.spread)
+        if self.total is not None:  # finite, since a step that does not count is written with weight 0
+            h.total = self.total.nan_to_num(0.0, 0.0, 0.0).to(t)
+        return h
 
     def steps(self) -> Tensor:
         """The largest number of steps that a buffer with a gradient has taken."""
@@ -244,3 +256,7 @@ class Eager:
         split = self.mode == EAGER and self.feasible is None
         pairs = zip(self.buffers, gs, strict=True)
         return [block for buffer, g in pairs for block in blocks(buffer, g, split=split and buffer.rule.elementwise)]
+
+
+def _asks(rule: Rule, x: Tensor) -> bool:
+    return overrides(rule, "total") and rule.total(x, x, rule.init(x)) is not None

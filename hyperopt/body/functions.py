@@ -33,6 +33,8 @@ class Column(IntEnum):
     WEIGHT = 10  # ScheduleFree's Σlr²
     ZWEIGHT = 11  # its tangent
     MIX = 12  # ScheduleFree's beta1 of the step before
+    LAG = 13  # mean of <g, z − average>; null: its average does not forget
+    LAG_SIZE = 14  # mean of |<g, z − average>|
 
 
 class Value(IntEnum):
@@ -44,6 +46,8 @@ class Value(IntEnum):
     WEIGHT_DECAY = 3  # decoupled
     BETA = 4  # ScheduleFree's beta1
     REST_DECAY = 5  # 1 − decay of Averaged
+    FORGET = 6  # ScheduleFree's forget
+    THROUGH = 7  # ScheduleFree's through; null: 1
 
 
 def block(elements: int) -> int:

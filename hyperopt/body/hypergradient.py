@@ -59,16 +59,21 @@ class Hypergradient:
         average = str(self.rule.average)
         for name, kept in block.tangents.items():
             if step and "mix" not in kept:  # both ends of the interpolation move alike
-                z = kept.get(average)
+                z = self._through(kept) if average in kept else None
             else:
                 tangents = {key: kept[key] for key in ("mix", average, self.rule.moved) if key in kept}
                 if step:
                     tangents = {key: z for key, z in tangents.items() if key != self.rule.moved}
-                    tangents |= {self.rule.moved: kept[average]} if average in kept else {}
+                    tangents |= dict.fromkeys((average, self.rule.moved), self._through(kept)) if average in kept else {}
                 z = self._pushed(block, tangents)
             if z is not None:
                 q[name] = block.buffer.inner(name, block.g, z, block.cut).to(self.hypers.like)
         return q
+
+    def _through(self, kept: State) -> Tensor:
+        """The tangent of the point through which the hypergradient of a step is taken."""
+        average, moved = kept[str(self.rule.average)], kept.get(self.rule.moved)
+        return average if self.rule.through == 1 or moved is None else torch.lerp(moved, average, self.rule.through)
 
     def _pushed(self, block: Block, tangents: State) -> Tensor:
         """The tangent of the interpolation."""

@@ -39,8 +39,8 @@ class Native(Eager):
         self.functions = functions
         self.kept: dict[Any, Passes] = {}
         self.passes: Passes | None = None  # of this step
-        self.sums = torch.zeros(4, dtype=torch.float32, device="cpu")
-        self.orders = torch.zeros(3, dtype=torch.float32, device="cpu")
+        self.sums = torch.zeros(5, dtype=torch.float32, device="cpu")
+        self.orders = torch.zeros(4, dtype=torch.float32, device="cpu")
 
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
         """Take the first pass."""
@@ -59,7 +59,7 @@ class Native(Eager):
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         if self.passes is None:
             return super().pull(gs, wanted)
-        finite, q, _, _ = self.sums.clone().unbind()
+        finite, q, _, _, self.total = self.sums.clone().unbind()
         return finite, {"lr": q} if wanted and self.tangents.names else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
@@ -67,7 +67,7 @@ class Native(Eager):
             return super().measure(r, ok)
         if not self.projects:
             return None
-        _, _, place, move = self.sums.unbind()
+        _, _, place, move, _ = self.sums.unbind()
         return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(self.floor()), self.steps())
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
@@ -77,7 +77,8 @@ class Native(Eager):
             return
         lr = self.hypers["lr"].at(r["lr"]) if r else self.hypers["lr"].value
         kept = self.tangents.gamma * (sound["lr"] if sound else torch.ones_like(ok))
-        self.orders.copy_(torch.stack([ok, lr, kept if keep is None else kept * keep]))
+        assert self.total is not None
+        self.orders.copy_(torch.stack([ok, lr, kept if keep is None else kept * keep, self.total]))
 
     def finish(self) -> None:
         """Take the second pass."""
@@ -149,7 +150,7 @@ class Passes:
         self.heads = torch.tensor(
             list(itertools.accumulate((len(b.tensors) for b in self.buffers[:-1]), initial=0)), dtype=torch.int64, device="cpu"
         )
-        self.partial = torch.empty(4 * len(blocks), dtype=torch.float64, device="cpu")
+        self.partial = torch.empty(5 * len(blocks), dtype=torch.float64, device="cpu")
         table = len(blocks), self.blocks.data_ptr(), count, ctypes.addressof(self.pointers), ctypes.addressof(self.numbers)
         results = self.partial.data_ptr(), body.sums.data_ptr()
         self.look_at = int(body.projects), *table, *results

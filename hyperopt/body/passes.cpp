@@ -1,7 +1,8 @@
 // The two passes over the weights of a training step on a CPU, for every rule whose learned hyperparameter (lr, or none) does not enter its
 // direction. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
 //
-//     look    what must be known before the step: whether Σg is finite, Σg·(tangent), and on request ‖place‖ and ‖s‖, of the step s at lr = 1
+//     look    what must be known before the step: whether Σg is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of the step s at lr = 1,
+//             and, where an average forgets, Σg·(place − average)
 //     take    state, place −= lr·s, what follows from place (averages, x), the tangents of all of it, and ‖place‖
 //
 // The direction is either given in D, by any rule, or Adam's, which is computed here, once in each pass: reading it back would cost as much
@@ -30,9 +31,11 @@
 namespace {
 
 // Columns of `tensors` and indices of `values`; functions.py has the same names in the same order.
-enum Column { X, G, D, M, V, PLACE, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX };
-enum Value { REST1, REST2, EPS, WEIGHT_DECAY, BETA, REST_DECAY };
+enum Column { X, G, D, M, V, PLACE, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE };
+enum Value { REST1, REST2, EPS, WEIGHT_DECAY, BETA, REST_DECAY, FORGET, THROUGH };
 
+constexpr int SUMS = 5;               // that `look` makes
+constexpr float MEMORY = 0.98f;       // of the mean that says whether an average lags behind, as in schedule_free.py
 constexpr int64_t SUM = 2048;         // elements that are added up in float
 constexpr int64_t PIECE = 512;        // elements whose steps lie between two loops, in the first-level cache
 constexpr int64_t FETCH = 64;         // elements that are fetched at a time; with 256 all wait for memory before any is computed
@@ -122,18 +125,26 @@ struct Scalars {
 // What the averages and tangents of a tensor count at a step.
 struct Mix {
     float lr, decay, beta;
-    float weight = 0, zweight = 0;  // ScheduleFree's W' and its tangent
+    float weight = 0, zweight = 0;  // ScheduleFree's w' and its tangent
+    float lag = 0, lag_size = 0;    // its means of <g, z − average> and of the size of that
     float share = 0, zshare = 0;    // c in a' = a + c·(place' − a), and its tangent
     float unmix = 0;                // 1 / the mix that made x of z and a; 0 where x is z
     float from_z, from_a, kept;     // what the tangent of place counts in that of place', that of a in that of place' and in that of a'
 
-    Mix(const Table& table, int64_t tensor, float step, float keep) : lr(step), decay(table.value(WEIGHT_DECAY)), beta(table.value(BETA)) {
+    Mix(const Table& table, int64_t tensor, float step, float keep, float behind)
+        : lr(step), decay(table.value(WEIGHT_DECAY)), beta(table.value(BETA)) {
         float mix = 0;
         if (table.column(PLACE, tensor)) {
             float square = lr * lr;
             mix = table.number(MIX, tensor);
-            weight = table.number(WEIGHT, tensor) + square;
-            zweight = keep * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
+            float past = 1;
+            if (table.column(LAG, tensor)) {
+                lag = MEMORY * table.number(LAG, tensor) + (1 - MEMORY) * behind;
+                lag_size = MEMORY * table.number(LAG_SIZE, tensor) + (1 - MEMORY) * std::fabs(behind);
+                past -= table.value(FORGET) * std::max(-lag / std::max(lag_size, FLT_MIN), 0.0f);
+            }
+            weight = past * table.number(WEIGHT, tensor) + square;
+            zweight = keep * past * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
             share = square / std::max(weight, FLT_MIN);
             zshare = share * (2 - (weight >= FLT_MIN ? zweight / weight : 0));
             unmix = mix != 0 ? 1 / mix : 0;
@@ -148,6 +159,8 @@ struct Mix {
 enum Direction { GIVEN, GRADIENT, MOMENTUM };  // read from D; Adam's without and with a first moment
 enum Rule { AVERAGED, STORED, RECOMPUTED };    // the last two are ScheduleFree's, by whether it stores its average
 enum Tangents { NONE, OF_PLACE, OF_AVERAGE };  // each has the one before it
+enum Through { NOTHING, ONE, BOTH };           // the tangents that hypergradients are taken through
+enum Lag { UNASKED, OF_STORED, OF_RECOMPUTED };  // Σg·(place − average), or Σg·(place − x), which is as much but for a factor
 
 // Calls f with a constant in place of the number, so that loops can be made for it.
 template <int... OPTIONS, class F> void choose(int option, F f) {
@@ -169,29 +182,47 @@ template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Ada
 
 // The loops take their arguments by value: what is only referred to might change with every element that is written.
 
-// Adds Σg, Σg·z and, of the step, Σs² to `sums`.
-template <int KIND, bool DECAYED, bool TANGENT>
-void measured(Stretch at, const float* z, Adam adam, float decay, int64_t from, int64_t to, double* sums) {
-    float gradient = 0, inner = 0, moves = 0;
-#pragma omp simd reduction(+ : gradient, inner, moves)
+// The tangent that a hypergradient is taken through, and what it is weighed with.
+struct Pull {
+    const float *first, *second;  // that of the average, or of x; that of place
+    float rest;                   // what the second counts
+
+    Pull(const Stretch& at, float through) : first(at.place ? at.za : at.zx), second(at.place ? at.zx : nullptr), rest(1 - through) {
+        if (!first || rest == 0) second = nullptr;
+    }
+    template <int THROUGH> float of(int64_t j) const {
+        if constexpr (THROUGH == BOTH) return first[j] + rest * (second[j] - first[j]);
+        else return first[j];
+    }
+};
+
+template <int LAG> inline float behind(const Stretch& at, int64_t j) { return at.place[j] - (LAG == OF_STORED ? at.average[j] : at.x[j]); }
+
+// Adds Σg, Σg·z, of the step Σs², and Σg·(place − …) to `sums`.
+template <int KIND, bool DECAYED, int THROUGH, int LAG>
+void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t to, double* sums) {
+    float gradient = 0, inner = 0, moves = 0, lag = 0;
+#pragma omp simd reduction(+ : gradient, inner, moves, lag)
     for (int64_t j = from; j < to; j++) {
         float m1, v1;
         const float s = step<KIND, DECAYED>(at, adam, decay, j, m1, v1);
-        if constexpr (TANGENT) inner += at.g[j] * z[j];
+        if constexpr (THROUGH != NOTHING) inner += at.g[j] * z.of<THROUGH>(j);
+        if constexpr (LAG != UNASKED) lag += at.g[j] * behind<LAG>(at, j);
         gradient += at.g[j], moves += s * s;
     }
-    sums[0] += gradient, sums[1] += inner, sums[3] += moves;
+    sums[0] += gradient, sums[1] += inner, sums[3] += moves, sums[4] += lag;
 }
 
 // The same without Σs².
-template <bool TANGENT> void unmeasured(Stretch at, const float* z, Adam, float, int64_t from, int64_t to, double* sums) {
-    float gradient = 0, inner = 0;
-#pragma omp simd reduction(+ : gradient, inner)
+template <int THROUGH, int LAG> void unmeasured(Stretch at, Pull z, Adam, float, int64_t from, int64_t to, double* sums) {
+    float gradient = 0, inner = 0, lag = 0;
+#pragma omp simd reduction(+ : gradient, inner, lag)
     for (int64_t j = from; j < to; j++) {
         gradient += at.g[j];
-        if constexpr (TANGENT) inner += at.g[j] * z[j];
+        if constexpr (THROUGH != NOTHING) inner += at.g[j] * z.of<THROUGH>(j);
+        if constexpr (LAG != UNASKED) lag += at.g[j] * behind<LAG>(at, j);
     }
-    sums[0] += gradient, sums[1] += inner;
+    sums[0] += gradient, sums[1] += inner, sums[4] += lag;
 }
 
 float squares(const float* place, int64_t from, int64_t to) {
@@ -284,11 +315,13 @@ template <class F> void choose_step(const Stretch& at, bool decay, F f) {
     });
 }
 
-auto measured_of(const Stretch& at, bool measure, bool decay) {
-    auto found = unmeasured<false>;
-    choose<false, true>((at.place ? at.za : at.zx) != nullptr, [&](auto tangent) {
-        found = unmeasured<tangent>;
-        if (measure) choose_step(at, decay, [&](auto kind, auto decayed) { found = measured<kind, decayed, tangent>; });
+auto measured_of(const Stretch& at, const Pull& z, bool measure, bool decay, bool lags) {
+    auto found = unmeasured<NOTHING, UNASKED>;
+    choose<NOTHING, ONE, BOTH>(z.second ? BOTH : z.first ? ONE : NOTHING, [&](auto through) {
+        choose<UNASKED, OF_STORED, OF_RECOMPUTED>(!lags ? UNASKED : at.average ? OF_STORED : OF_RECOMPUTED, [&](auto lag) {
+            found = unmeasured<through, lag>;
+            if (measure) choose_step(at, decay, [&](auto kind, auto decayed) { found = measured<kind, decayed, through, lag>; });
+        });
     });
     return found;
 }
@@ -350,7 +383,7 @@ template <class Work> void for_blocks(int64_t threads, int64_t blocks, const int
 // Block after block, so that the sums do not depend on the number of threads.
 float total(int64_t blocks, const double* partial, int k) {
     double sum = 0;
-    for (int64_t b = 0; b < blocks; b++) sum += partial[4 * b + k];
+    for (int64_t b = 0; b < blocks; b++) sum += partial[SUMS * b + k];
     return static_cast<float>(sum);
 }
 
@@ -424,20 +457,26 @@ extern "C" uint32_t source() { return SOURCE; }
 extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
                      const float* const* values, double* partial, float* sums) {
     const Table table{block, count, tensors, values};
-    const float decay = table.value(WEIGHT_DECAY);
+    const float decay = table.value(WEIGHT_DECAY), through = values[THROUGH] ? *values[THROUGH] : 1;
     for_blocks(threads, blocks, block, [&](int64_t begin, int64_t end) {
         Scalars scalars(table);
         for (int64_t b = begin; b < end; b++) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
-            const auto measured = measured_of(at, measure, decay != 0);
-            const float *z = at.place ? at.za : at.zx, *place = at.place ? at.place : at.x;
-            double* found = partial + 4 * b;
-            std::fill(found, found + 4, 0.0);
+            const Pull z(at, through);
+            const bool lags = table.column(LAG, at.tensor);
+            const auto measured = measured_of(at, z, measure, decay != 0, lags);
+            const float* place = at.place ? at.place : at.x;
+            double* found = partial + SUMS * b;
+            std::fill(found, found + SUMS, 0.0);
             for (int64_t i = 0; i < at.n; i += SUM) {
                 const int64_t to = std::min(i + SUM, at.n);
                 measured(at, z, adam, decay, i, to, found);
                 if (measure == 1) found[2] += squares(place, i, to);
+            }
+            if (lags && !at.average) {  // place − average is (place − x) / mix
+                const float mix = table.number(MIX, at.tensor);
+                found[4] *= mix != 0 ? 1 / mix : 0;
             }
         }
     });
@@ -445,11 +484,12 @@ extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int
     sums[1] = total(blocks, partial, 1);
     sums[2] = std::sqrt(total(blocks, partial, 2));
     sums[3] = std::sqrt(total(blocks, partial, 3));
+    sums[4] = total(blocks, partial, 4);
 }
 
 extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
                      const float* const* values, int64_t heads, const int64_t* head, const float* orders, double* partial, float* sums) {
-    const float ok = orders[0], lr = orders[1], keep = orders[2];
+    const float ok = orders[0], lr = orders[1], keep = orders[2], behind = orders[3];
     if (!(ok > 0)) return;
     const Table table{block, count, tensors, values};
     const bool far = elements(blocks, block) > FAR;
@@ -460,8 +500,8 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
         for (int64_t b = end - 1; b >= begin; b--) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
-            const Mix by(table, at.tensor, lr, keep);
-            double& sum = partial[4 * b + 2] = 0;
+            const Mix by(table, at.tensor, lr, keep, behind);
+            double& sum = partial[SUMS * b + 2] = 0;
             if (!at.place && !at.average) {
                 const auto advance = advance_of(at, by.decay != 0);
                 for (int64_t i = 0; i < at.n; i += SUM) sum += advance(at, adam, by, i, std::min(i + SUM, at.n));
@@ -484,12 +524,13 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
     // Only now, as every block of a chunk has read them.
     for (int64_t h = 0; h < heads; h++) {
         const int64_t tensor = head[h];
-        const Mix by(table, tensor, lr, keep);
+        const Mix by(table, tensor, lr, keep, behind);
         *table.column(T, tensor) += 1;
         if (!table.column(PLACE, tensor)) continue;
         *table.column(WEIGHT, tensor) = by.weight;
         if (table.column(ZWEIGHT, tensor)) *table.column(ZWEIGHT, tensor) = by.zweight;
         *table.column(MIX, tensor) = by.beta;
+        if (table.column(LAG, tensor)) *table.column(LAG, tensor) = by.lag, *table.column(LAG_SIZE, tensor) = by.lag_size;
     }
     sums[2] = std::sqrt(total(blocks, partial, 2));
 }

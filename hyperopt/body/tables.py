@@ -43,6 +43,7 @@ def columns(body: Any, buffer: Buffer) -> dict[Column, Tensor]:
     found = {Column.M: state.get("m"), Column.V: state.get("v")} if computed(buffer) else {}
     if isinstance(rule, _ScheduleFree):
         found |= {Column.PLACE: state["z"], Column.WEIGHT: state["weight"], Column.MIX: state["mix"]}
+        found |= {Column.LAG: state.get("lag"), Column.LAG_SIZE: state.get("lag_size")}
     if rule.average:
         found[Column.AVERAGE] = state.get(rule.average)
     if body.tangents.names:
@@ -65,6 +66,9 @@ def values(body: Any) -> list[Tensor | None]:
         found[Value.WEIGHT_DECAY] = own["weight_decay"].value
     if isinstance(rule, _ScheduleFree):
         found[Value.BETA] = own["beta1"].value
+        found[Value.FORGET] = torch.full_like(body.hypers.like, vars(rule)["forget"])
+        if rule.through != 1:
+            found[Value.THROUGH] = torch.full_like(body.hypers.like, rule.through)
     if isinstance(rule, _Averaged):
         found[Value.REST_DECAY] = own["decay"].rest
     return found

@@ -45,7 +45,7 @@ def _averaged(base: Any) -> type[Rule]:
     if isinstance(plain, Rule) and plain.average:
         raise TypeError(f"Averaged takes a rule that does not average by itself, got {type(plain).__name__}")
     inherited = ("elementwise", "parts", "trust", "horizon", "first_moment", "moved", "decoupled")
-    made = compose(_Averaged, _averaged, base, also=("decay", hyper(0.98, UnitInterval())), inherited=inherited)
+    made = compose(_Averaged, _averaged, base, also={"decay": hyper(0.98, UnitInterval())}, inherited=inherited)
     if isinstance(plain, Rule) and overrides(plain, "update"):
         setattr(made, "update", _update)  # noqa: B010 - `update` is not a field
     return made

@@ -1,7 +1,7 @@
 """Rules made from another rule: what `ScheduleFree` and `Averaged` have in common."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ def compose(
     made_by: Callable[[Any], type[Rule]],  # the function that returns this class for `base`; unpickling calls it
     base: Any,  # a rule's class, or a variant of one
     *,
-    also: tuple[str, Any],  # name and declaration of the hyperparameter that `kind` adds
+    also: Mapping[str, Any],  # the fields that `kind` adds: declarations of hyperparameters, defaults of options
     without: Collection[str] = (),  # the fields of `base` that the new class does not have
     off: Collection[str] = (),  # the hyperparameters of `base` that are held at 0
     inherited: Collection[str] = ("elementwise", "parts"),  # the class attributes that are taken from `base`
@@ -33,7 +33,7 @@ def compose(
     taken = set(inherited) - {f.name for f in dataclasses.fields(plain)}
     namespace |= {name: getattr(plain, name) for name in taken if hasattr(plain, name)}
     name = f"{word}({getattr(base, '__name__', type(plain).__name__)})"
-    return dataclasses.make_dataclass(name, [*fields, (also[0], float, also[1])], bases=(kind,), frozen=True, namespace=namespace)
+    return dataclasses.make_dataclass(name, [*fields, *((field, float, value) for field, value in also.items())], bases=(kind,), frozen=True, namespace=namespace)
 
 
 class Composed(Rule):

@@ -2,10 +2,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, baddbmm, cat, lerp
+from torch import Tensor, baddbmm, cat, expm1, finfo, lerp
 
 from ..domains import Positive, UnitInterval
-from ..rule import Rule, State, Values, hyper, root
+from ..rule import Rule, State, Values, hyper, root, square
 from .split import Splits
 
 EPS = 1e-7  # the least norm that is divided by, as in torch
@@ -28,7 +28,11 @@ class Muon(Rule, metaclass=Splits):
 
     U·Vᵀ is approximated by `ns_steps` steps of X ← a·X + b·(XXᵀ)X + c·(XXᵀ)²X from n/‖n‖. With Jordan's a, b, c, singular values end
     between .68 and 1.21, and not at 1, and those below two thousandths of the norm of n may stay smaller. The entries of a step have a
-    root mean square of about .2·lr, which is that of Adam's steps, so that both can share one lr.
+    root mean square of about .2·lr, which is that of Adam's steps, so that both can share one lr. These steps are as large for a gradient
+    that has all but vanished as for any other, while Adam's shrink as gradients fall below their mean. With norm_decays = (a, b) Muon's do too. For
+    each tensor they are as large as the norm of its last few gradients is beside that of many:
+
+        u = a·u + (1 − a)·‖n‖²,  v = b·v + (1 − b)·‖n‖²;  the step is √(û / v̂) times as large, û = u / (1 − a^t), v̂ = v / (1 − b^t)
 
     A convolution filter is the matrix (out, in·k²). A vector is a matrix with one column: its step is along its gradient, normalised. A
     tensor may hold several matrices, one below the other: a parameter group's entry `blocks` says how many, for all tensors or each, and
@@ -42,6 +46,7 @@ class Muon(Rule, metaclass=Splits):
         nesterov: Nesterov momentum, default True.
         adjust_lr_fn: the scale of U·Vᵀ: "match_rms_adamw", default, as above; "original", √max(1, A/B), which torch takes if nothing is
             said; or "spectral_unclamped", √(A/B).
+        norm_decays: a and b, in (0, 1), or None, default: no such factor.
         ns_steps: number of Newton-Schulz steps, default 5.
         ns_coefficients: a, b, c, default Jordan's (3.4445, −4.775, 2.0315).
         rows: orthogonalise blocks of at most this many rows by themselves where both sides of a matrix are longer. The cost is then
@@ -64,6 +69,7 @@ class Muon(Rule, metaclass=Splits):
     weight_decay: float = hyper(0.1, Positive(), above=0.0)
     nesterov: bool = True
     adjust_lr_fn: str = "match_rms_adamw"
+    norm_decays: tuple[float, float] | None = None
     ns_steps: int = 5
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
     rows: int | None = None
@@ -78,18 +84,31 @@ class Muon(Rule, metaclass=Splits):
         for name, value in (("ns_steps", self.ns_steps), ("rows", self.rows)):
             if not (value is None and name == "rows") and (type(value) is not int or value < 1):
                 raise ValueError(f"Muon({name}={value!r}) must be a whole number, at least 1")
+        decays = self.norm_decays
+        if decays is not None and not (isinstance(decays, tuple) and len(decays) == 2 and all(type(d) is float and 0 < d < 1 for d in decays)):
+            raise ValueError(f"Muon(norm_decays={decays!r}) must be None or two floats between 0 and 1, such as (0.9, 0.999)")
         numbers = self.ns_coefficients
         if not isinstance(numbers, tuple) or [type(c) for c in numbers] != [float] * 3:
             raise ValueError(f"Muon(ns_coefficients={numbers!r}) must be three floats, such as (3.4445, -4.775, 2.0315)")
 
     def init(self, x: Tensor) -> State:
-        return {"m": x.new_zeros(x.shape)} if self.momentum != 0 else {}
+        m = {"m": x.new_zeros(x.shape)} if self.momentum != 0 else {}
+        return m | ({"norm_now": x.new_zeros(()), "norm": x.new_zeros(())} if self.norm_decays else {})
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        if self.momentum == 0:
-            return self._orthogonal(g), {}
-        m = lerp(state["m"], g, h.one_minus("momentum"))
-        return self._orthogonal(lerp(g, m, h.momentum) if self.nesterov else m), {"m": m}
+        n, new = g, {}
+        if self.momentum != 0:
+            m = new["m"] = lerp(state["m"], g, h.one_minus("momentum"))
+            n = lerp(g, m, h.momentum) if self.nesterov else m
+        d = self._orthogonal(n)
+        if self.norm_decays:
+            size = square(n.norm())
+            means = []
+            for name, decay in zip(("norm_now", "norm"), self.norm_decays, strict=True):
+                new[name] = lerp(state[name], size, 1 - decay)
+                means.append(new[name] / -expm1(t * math.log(decay)))
+            d = d * root(means[0] / means[1].clamp_min(finfo(size.dtype).tiny))
+        return d, new
 
     def _orthogonal(self, n: Tensor) -> Tensor:
         """`n` with each of its matrices orthogonalised and scaled."""
@@ -98,12 +117,19 @@ class Muon(Rule, metaclass=Splits):
         count = 1
         if self.rows is not None and min(matrices.shape[1:]) > self.rows:
             count = math.ceil(matrices.shape[1] / self.rows)
-        parts = [self._scaled(part) for part in matrices.tensor_split(count, dim=1)]
-        return (parts[0] if count == 1 else cat(parts, dim=1)).reshape(n.shape)
+        # Blocks of one size are one batch: there are two, of k + 1 rows and of k.
+        k, more = divmod(matrices.shape[1], count)
+        sizes = [(k + 1, more), (k, count - more)]
+        pieces = matrices.split([size * times for size, times in sizes], dim=1)
+        parts = [self._scaled(piece, times) for piece, (size, times) in zip(pieces, sizes, strict=True) if times]
+        return (parts[0] if len(parts) == 1 else cat(parts, dim=1)).reshape(n.shape)
 
-    def _scaled(self, matrices: Tensor) -> Tensor:
-        _, rows, columns = matrices.shape
-        return newton_schulz(matrices, self.ns_coefficients, self.ns_steps) * SCALES[self.adjust_lr_fn](rows, max(columns, 1))
+    def _scaled(self, matrices: Tensor, times: int) -> Tensor:
+        """Matrices with each of their `times` blocks of rows orthogonalised and scaled."""
+        count, rows, columns = matrices.shape
+        blocks = matrices.reshape(count * times, rows // times, columns)
+        found = newton_schulz(blocks, self.ns_coefficients, self.ns_steps) * SCALES[self.adjust_lr_fn](rows // times, max(columns, 1))
+        return found.view(matrices.shape)
 
 
 def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 import dataclasses
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, finfo, lerp
+from torch import Tensor, dot, finfo, lerp
 
 from ..domains import UnitInterval
 from ..rule import Rule, State, Values, hyper, interpolated, overrides
 from .composition import Composed, compose
+
+MEMORY = 0.98  # of the mean that says whether the average lags behind
 
 
 @cache
@@ -16,7 +18,7 @@ def ScheduleFree(base: Any) -> type[Rule]:
     """Schedule-Free learning over any rule with a first moment: the average of the weights replaces learning rate schedule and momentum.
 
         z = z − lr·(d(g) + weight_decay·y)       d: the direction of `base`, with its first moment at 0
-        x = x + c·(z − x),                       c = lr² / (sum of lr² so far)
+        x = x + c·(z − x),                       c = lr² / w,  w = (1 − forget·behind)·w + lr²
         y = beta1·x + (1 − beta1)·z
 
     Gradients are taken at y, which the model's parameters hold during training. Evaluate at the average x, under
@@ -26,9 +28,20 @@ def ScheduleFree(base: Any) -> type[Rule]:
     True or False keep the values that they have in `base`; others, such as Muon's rows, can be set. Weight decay is decoupled and taken at
     y. beta1 and weight_decay are learned only if they are named: training gradients alone push both to the ends of their domains.
 
+    With forget = 0, w is the sum of lr² so far, and x the average over the whole run, which never leaves a start that is long past. With
+    forget > 0 the average forgets where it lags behind, and there alone:
+
+        behind = max(0, −M[<g, z − x>] / M[|<g, z − x>|])                   M: the mean over about the last 50 steps
+
+    is 1 where the loss falls from x towards z in every step, and 0 where z lies as often uphill, as it does once noise or oscillations are
+    what the average removes.
+
     The hypergradient of a training gradient g, which is taken at y, runs through the average, at which the model is evaluated:
 
         q = <g, ∂x/∂lr>,                         not <g, ∂y/∂lr>, which penalises lr for noise that the average removes
+
+    With through < 1 the rest is taken through z: q = through·<g, ∂x/∂lr> + (1 − through)·<g, ∂z/∂lr>. This keeps lr from rising without end
+    where z flies about so far that the average hides it.
 
     This holds for everything that is learned at horizons above 1. x hardly depends on beta1, which therefore gets <g, (x − z)·∂beta1>
     in addition. A loss given to `optimizer.hyper_backward` is differentiated through the weights at which it was computed. Above level 0,
@@ -42,10 +55,12 @@ def ScheduleFree(base: Any) -> type[Rule]:
         lr: learning rate, at least 0, default that of `base`.
         beta1: position of y between z (0) and x (1), in [0, 1], default 0.9.
         weight_decay: decoupled weight decay, at least 0, default that of `base`.
+        forget: how much of its past the average forgets in a step at which it is wholly behind, in [0, 1], default 0.
+        through: the share of the average in the hypergradient, in [0, 1], default 1.
 
     Raises:
         TypeError: `base` is not a rule's class, has no first moment, averages by itself, or overrides `update`.
-        ValueError: a value outside its domain, or one that `base` rejects.
+        ValueError: a value outside its domain, or one that `base` rejects; forget or through outside [0, 1].
 
     Source: Defazio et al. 2024 (arXiv 2405.15682).
 
@@ -61,7 +76,8 @@ def ScheduleFree(base: Any) -> type[Rule]:
     options = {f.name for f in dataclasses.fields(plain) if isinstance(f.default, bool)}
     off = {*plain.first_moment, "weight_decay"} & plain.declared().keys()
     without = {"beta1", *plain.first_moment, *options}
-    return compose(_ScheduleFree, ScheduleFree, base, also=("beta1", hyper(0.9, UnitInterval())), without=without, off=sorted(off))
+    also = {"beta1": hyper(0.9, UnitInterval()), "forget": 0.0, "through": 1.0}
+    return compose(_ScheduleFree, ScheduleFree, base, also=also, without=without, off=sorted(off))
 
 
 class _ScheduleFree(Composed):
@@ -73,14 +89,33 @@ class _ScheduleFree(Composed):
     moved = "z"
     average = "average"
     decoupled = True
-    own = ("z", "average", "weight", "mix")
+    own = ("z", "average", "weight", "mix", "lag", "lag_size")
+    if TYPE_CHECKING:
+        forget: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("forget", "through"):
+            value = getattr(self, option)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise ValueError(f"ScheduleFree({option}={value!r}) must be a number between 0 and 1")
 
     def init(self, x: Tensor) -> State:
-        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), "weight": x.new_zeros(()), "mix": x.new_zeros(())}
+        numbers = ("weight", "mix", *(("lag", "lag_size") if self.forget else ()))
+        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), **{name: x.new_zeros(()) for name in numbers}}
+
+    def total(self, g: Tensor, x: Tensor, state: State) -> Tensor | None:
+        return dot(g.reshape(-1), (state["z"] - state["average"]).reshape(-1)) if self.forget else None
 
     def after(self, place: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         z, state = self.inner.after(place, state, self._seen(h), t)
-        weight = state["weight"] + h.lr * h.lr
+        past = state["weight"]
+        if self.forget:
+            lag = lerp(state["lag"], h.total, 1 - MEMORY)
+            size = lerp(state["lag_size"], h.total.abs(), 1 - MEMORY)
+            past = past * (1 - self.forget * (-lag / size.clamp_min(finfo(size.dtype).tiny)).clamp_min(0))
+            state = {**state, "lag": lag, "lag_size": size}
+        weight = past + h.lr * h.lr
         share = h.lr * h.lr / weight.clamp_min(finfo(weight.dtype).tiny)
         average = lerp(state["average"], z, share)
         state = {**state, "z": z, "average": average, "weight": weight, "mix": h.beta1.expand_as(weight)}
