@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from .body import shards
+from .by_name import in_order
 from .rule import check as check_value
 from .spec.level import Level
 
 FORMAT = 2  # of what a checkpoint holds
 
 
-def check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
-    """Raise unless `state_dict` can be loaded into an optimizer.
+def fitted(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str, Any]], *, driven: bool) -> dict[str, Any]:
+    """The checkpoint, with named parameters in the order of an optimizer's; raises unless it can be loaded into it.
 
     Args:
         state_dict: as `HyperOptimizer.state_dict` made it, or something else that a user gave.
@@ -23,16 +24,16 @@ def check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str,
         driven: whether it drives another optimizer.
 
     Raises:
-        ValueError: a checkpoint of another tower, of parameters of other shapes, without this group's feasible set, or with a value
-            outside its domain.
+        ValueError: a checkpoint of another tower, of parameters of other shapes or names, without this group's feasible set, or with a
+            value outside its domain.
     """
     try:
-        _check(state_dict, tower, param_groups, driven=driven)
+        return _fitted(state_dict, tower, param_groups, driven=driven)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"this is not the checkpoint of a HyperOptimizer, or a part of it is missing: {error!r}") from error
 
 
-def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str, Any]], *, driven: bool) -> None:
+def _fitted(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str, Any]], *, driven: bool) -> dict[str, Any]:
     groups = state_dict.get("param_groups", [])
     if len(groups) != len(param_groups):
         mine = len(param_groups)
@@ -40,7 +41,7 @@ def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str
     if driven and "driven" not in state_dict:
         raise ValueError("the checkpoint has no state of the optimizer that is driven: load one that this kind of tower wrote")
     mine = tower.structure()
-    for saved, group in zip(groups, param_groups, strict=True):
+    for saved in groups:
         if "tower" not in saved:
             raise ValueError("the checkpoint is not one of a HyperOptimizer: it has no tower; load it into the optimizer that wrote it")
         if saved["tower"].get("format") != FORMAT:
@@ -50,12 +51,15 @@ def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str
             )
         if saved["tower"]["structure"] != mine:
             raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
+    state_dict = in_order(state_dict, tower, param_groups)
+    for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         shapes = saved["tower"]["shapes"]
         if len(shapes) != len(group["params"]):
             raise ValueError(f"the checkpoint's group has {len(shapes)} parameters and this one {len(group['params'])}")
-        for shape, p in zip(shapes, group["params"], strict=True):
+        names = group.get("param_names", ["a parameter"] * len(shapes))
+        for shape, p, name in zip(shapes, group["params"], names, strict=True):
             if list(shape) != list(p.shape):
-                pair = f"shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}"
+                pair = f"shape {tuple(shape)} for {name} of shape {tuple(p.shape)}"
                 raise ValueError(f"the checkpoint has {pair}: load it into the model that wrote it")
         for i, p in zip(saved["params"], group["params"], strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
@@ -70,6 +74,7 @@ def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str
                 check_value(f"the checkpoint's {name}", end.item(), tower.domain(name))
         if group.get("project") is not None and saved.get("project") is None:
             raise ValueError(f"the checkpoint's group has no set and this one project={group['project']}: bind a group without one")
+    return state_dict
 
 
 def mapping(state_dict: Any) -> dict[str, Any]:

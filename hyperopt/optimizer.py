@@ -182,19 +182,19 @@ class HyperOptimizer(Optimizer):
         return checkpoint.whole(super().state_dict(), self.param_groups) | driven
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint; training then goes on bit for bit.
+        """Take over a checkpoint; training then goes on bit for bit. Where both sides name their parameters, they are matched by name.
 
         Raises:
-            ValueError: a checkpoint of another tower, format or shapes, without a group's feasible set, or with a value outside its
-                domain; nothing is changed then.
+            ValueError: a checkpoint of another tower, format, shapes or names, without a group's feasible set, or with a value outside
+                its domain; nothing is changed then.
             RuntimeError: inside `averaged()`.
         """
         self._check_outside("load_state_dict()")
         final: dict[str, Any] = {}
 
-        def inspect(_: Optimizer, given: dict[str, Any]) -> None:
-            checkpoint.check(given, self.tower, self.param_groups, driven=self.driven is not None)
-            final.update(given)
+        def inspect(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            final.update(checkpoint.fitted(given, self.tower, self.param_groups, driven=self.driven is not None))
+            return final
 
         before = self.state, self.param_groups, self._bound
         handle = self.register_load_state_dict_pre_hook(inspect)
