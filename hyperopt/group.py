@@ -70,7 +70,8 @@ class Group:
             last[name] = self._to(last.get(name, self.live[name].clone()))
         learned = self.spec.learning
         values = {name: live.detach() for name, live in self.live.items()}
-        own = {n: Hyperparameter(self.spec.domain(n), values[n], learned=n in learned, last_value=last[n]) for n in self.names}
+        rule, domain = self.spec.rule, self.spec.domain
+        own = {n: Hyperparameter(domain(n), values[n], learned=n in learned, rule=rule, name=n, last_value=last[n]) for n in self.names}
         self.versions = {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])

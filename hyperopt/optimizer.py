@@ -179,24 +179,24 @@ class HyperOptimizer(Optimizer):
         """
         self._check_saves()
         driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
-        return checkpoint.whole(super().state_dict(), self.param_groups) | driven
+        return checkpoint.whole(super().state_dict() | driven, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint; training then goes on bit for bit. Where both sides name their parameters, they are matched by name.
 
         Raises:
-            ValueError: a checkpoint of another tower, format, shapes or names, without a group's feasible set, or with a value outside
-                its domain; nothing is changed then.
+            ValueError: a checkpoint of another tower, format, shapes or names, without a group's feasible set, with a part missing, or
+                with values that this optimizer cannot have written; nothing is changed then.
             RuntimeError: inside `averaged()`.
         """
         self._check_outside("load_state_dict()")
         final: dict[str, Any] = {}
+        before = self.state, self.param_groups, self._groups()
 
         def inspect(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            final.update(checkpoint.fitted(given, self.tower, self.param_groups, driven=self.driven is not None))
+            final.update(checkpoint.fitted(given, self.tower, before[2], self.driven and self.driven.optimizer))
             return final
 
-        before = self.state, self.param_groups, self._bound
         handle = self.register_load_state_dict_pre_hook(inspect)
         try:
             super().load_state_dict(checkpoint.mapping(state_dict))

@@ -139,7 +139,7 @@ class Tree:
             else:
                 given = torch.full_like(x if name in spec.learning and spec.per != "group" else x[0], value)
             live = record["values"].setdefault(name, given)
-            own[name] = Hyperparameter(spec.domain(name), live, learned=name in spec.learning)
+            own[name] = Hyperparameter(spec.domain(name), live, learned=name in spec.learning, rule=rule, name=name)
             if live.dim():
                 positions[name] = torch.arange(x.numel(), device=like.device), x.numel()
         limits = [h.domain.raw_limits(like.dtype) for h in below.values() for _ in range(h.value.numel())]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from small import differences, loss_at, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from hyperopt import SGD, Adam, Averaged, Hyper, Muon, ScheduleFree
+from hyperopt import SGD, Adam, Averaged, Box, Hyper, Muon, ScheduleFree
 
 PER_TENSOR = Hyper(Adam, per="tensor", learn=("lr", "beta1"))
 # Each kind of thing that is stored by position: chunks and shapes always, values per tensor and per coordinate at every level above.
@@ -33,7 +34,7 @@ SAME = [0, 1, 2, 3, 4, 5]
 ORDERS = {"reversed": SAME[::-1], "rotated": [1, 2, 3, 4, 5, 0], "same": SAME}
 
 
-class Sign(torch.optim.SGD):
+class Foreign(torch.optim.SGD):
     """An optimizer that has no rule in this library, with a state of its own."""
 
     def step(self, closure=None):
@@ -120,7 +121,7 @@ def test_an_optimizer_that_is_driven_follows_the_names_too():
     def driven(order):
         model = square()
         named = list(model.named_parameters())
-        return model, Hyper(Sign([named[i] for i in order], lr=0.1, momentum=0.9)).stack(Adam).bind()
+        return model, Hyper(Foreign([named[i] for i in order], lr=0.1, momentum=0.9)).stack(Adam).bind()
 
     model, optimizer = driven(SAME)
     train(model, optimizer, range(5))
@@ -199,3 +200,132 @@ def test_shapes_that_differ_are_named():
 
     with pytest.raises(ValueError, match=r"shape \(3,\) for b of shape \(4,\)"):
         of(a=2, b=4).load_state_dict(of(b=3, a=2).state_dict())
+
+
+# ---- damaged ones
+
+
+DAMAGED = {
+    "height 0": Hyper(Adam),
+    "chain": TOWERS[1],
+    "tree": Hyper(Adam, lr=1e-3).stack(lr=Hyper(Adam).stack(SGD), beta1=Hyper(SGD, lr=0.1)),
+    "all": TOWERS[2],
+    "per tensor": TOWERS[5],
+    "zeros": Hyper(SGD, lr=0.01, momentum=0.9).stack(Adam),
+    "lr alone": Hyper(SGD, lr=0.01).stack(SGD),
+    "schedule-free": TOWERS[9],
+    "averaged": TOWERS[10],
+    "split": TOWERS[11],
+    "projected": Hyper(Adam, project=Box(-1, 1)).stack(Adam),
+    "driven": None,
+}
+REMOVED = object()
+
+
+def made(name, steps):
+    """A trained optimizer; to each, other things were assigned than it was bound with."""
+    if DAMAGED[name] is None:
+        model = square()
+        optimizer = Hyper(Foreign(model.named_parameters(), lr=0.1, momentum=0.9)).stack(Adam).bind()
+    else:
+        model, optimizer = bound(DAMAGED[name], SAME)
+    train(model, optimizer, range(steps))
+    if "weight_decay" in optimizer.param_groups[0]:
+        optimizer.param_groups[0]["weight_decay"] = 0.01
+    train(model, optimizer, range(steps, steps + 2))
+    if optimizer.tower.above:
+        optimizer.hyper_backward(loss_at(model, 50))
+    return model, optimizer
+
+
+def paths(value, path=()):
+    """Every entry of nested containers, containers included."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in pairs:
+        yield (*path, key)
+        yield from paths(item, (*path, key))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def wrong(value, key):
+    """What may stand in the place of an entry of a checkpoint: nothing, other types, other shapes, and numbers that it may not be."""
+    # Of its state only a rule knows what is a square; a step size is the user's.
+    numbers = (float("nan"), float("inf"), -float("inf"), 0.5, *(() if key in ("v", "v_max", "weight") else (-1e30, -1.0)))
+    numbers += () if key == "lr" else (1e30,)
+    yield REMOVED
+    yield from (None, "nonsense", [], {})
+    if isinstance(value, torch.Tensor):
+        yield from (
+            value.bool(),
+            value.half(),
+            value.to(torch.complex64),
+            torch.cat([value.reshape(-1)] * 2),
+            value[None],
+            value.reshape(-1),
+        )
+        yield from (torch.full_like(value, number) for number in numbers)
+    elif isinstance(value, int | float):
+        yield from (-1, -1.0, 0.5, float("nan"), float("inf"), True, torch.ones(3))
+
+
+def damaged(saved, path, new):
+    """The checkpoint with another value in one place; the same tensors elsewhere."""
+    if not path:
+        return new
+    copied = saved.copy()
+    if new is REMOVED and len(path) == 1:
+        del copied[path[0]]
+    else:
+        copied[path[0]] = damaged(saved[path[0]], path[1:], new)
+    return copied
+
+
+def is_plain(path, names):
+    """Whether another finite number may stand there: state of a tensor or a node, or a value, which a user may have assigned."""
+    return path[0] in ("state", "driven") or path[-2] in ("state", "last", "values", "held_out", "skipped") or path[-1] in names
+
+
+@pytest.mark.parametrize("sample", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_or_harmless(name, sample):
+    """Every entry is removed, and replaced by a sample of what may not stand there."""
+    draw = random.Random(0)
+    _, source = made(name, 2)
+    saved = through_a_file(source.state_dict())
+    model, optimizer = made(name, 4)
+    start, before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+    def goes_on(given):
+        """The weights and hyperparameters after two steps from a checkpoint."""
+        twin, other = copy.deepcopy((model, optimizer))
+        other.load_state_dict(given)
+        train(twin, other, range(20, 22))
+        return {**twin.state_dict(), **other.hyperparameters()}
+
+    expected = goes_on(saved)
+    assert differences(expected, goes_on(before)) != []
+    refused = accepted = 0
+    names = {*optimizer.tower.rule.declared(), "x", "anchor", "climbing"}
+    for path in paths(saved):
+        removed, *others = wrong(at(saved, path), path[-1])
+        for new in [removed, *draw.sample(others, min(sample, len(others)))]:
+            given = damaged(saved, path, new)
+            try:
+                optimizer.load_state_dict(given)
+            except (ValueError, TypeError):
+                refused += 1
+                continue
+            accepted += 1
+            optimizer.load_state_dict(before)
+            found = goes_on(given)
+            same = differences(found, expected) == []
+            finite = all(value.isfinite().all() for value in found.values())
+            assert same or (new is not REMOVED and is_plain(path, names) and finite), (path, new)
+    assert differences(optimizer.state_dict(), before) == []
+    assert differences(model.state_dict(), start) == []
+    assert refused > 2 * accepted, (refused, accepted)
