@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,19 +13,16 @@ from .by_name import in_order
 from .damage import WRITTEN, check_nodes, check_states, check_values
 from .spec.level import Level
 
-if TYPE_CHECKING:
-    from .group import Group
-
 FORMAT = 2  # of what a checkpoint holds
 
 
-def fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence["Group"], driven: Optimizer | None) -> dict[str, Any]:
+def fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence[Any], driven: Optimizer | None) -> dict[str, Any]:
     """The checkpoint, with named parameters in the order of an optimizer's; raises unless the optimizer can go on from it.
 
     Args:
         state_dict: as `HyperOptimizer.state_dict` made it, or something else that a user gave.
         tower: the optimizer's tower.
-        groups: its groups.
+        groups: its `Group`s.
         driven: the other optimizer that it drives.
 
     Raises:
@@ -38,7 +35,7 @@ def fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence["Group"], 
         raise ValueError(f"this is not the checkpoint of a HyperOptimizer, or a part of it is missing: {error!r}") from error
 
 
-def _fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence["Group"], driven: Optimizer | None) -> dict[str, Any]:
+def _fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence[Any], driven: Optimizer | None) -> dict[str, Any]:
     found, mine = state_dict.get("param_groups", []), tower.structure()
     if len(found) != len(groups):
         raise ValueError(f"the checkpoint has {len(found)} parameter groups and this optimizer {len(groups)}: bind the same groups")
@@ -108,7 +105,7 @@ def _check_driven(state_dict: dict[str, Any], driven: Optimizer) -> None:
                 raise ValueError(f"the checkpoint's optimizer that is driven has {key!r} with values that are no numbers: {WRITTEN}")
 
 
-def _check_shapes(saved: dict[str, Any], group: "Group") -> None:
+def _check_shapes(saved: dict[str, Any], group: Any) -> None:
     shapes, params, ids = saved["tower"]["shapes"], group.params, saved["params"]
     if not len(shapes) == len(ids) == len(set(ids)) == len(params):
         raise ValueError(f"the checkpoint's group has {len(shapes)} parameters and this one {len(params)}")
@@ -119,7 +116,7 @@ def _check_shapes(saved: dict[str, Any], group: "Group") -> None:
             raise ValueError(f"the checkpoint has {pair}: load it into the model that wrote it")
 
 
-def _check_entries(saved: dict[str, Any], group: "Group", records: Sequence[dict[str, Tensor]]) -> None:
+def _check_entries(saved: dict[str, Any], group: Any, records: Sequence[dict[str, Tensor]]) -> None:
     """Raise unless everything is there, and the partition is one of the parameters that have a state."""
     tower, names, roles = saved["tower"], group.names, {entry for entry, given in group.said.items() if given is not None}
     missing = {*names, *roles} - saved.keys()

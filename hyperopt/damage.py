@@ -13,13 +13,12 @@ from .rule import check
 from .tree import with_zeros
 
 if TYPE_CHECKING:
-    from .group import Group
     from .optimizable import Optimizable
 
 WRITTEN = "it was changed since it was written, load an earlier one"
 
 
-def check_values(saved: dict[str, Any], group: "Group") -> None:
+def check_values(saved: dict[str, Any], group: Any) -> None:
     """Raise unless the hyperparameters of level 0 are such as could be assigned."""
     tower = saved["tower"]
     for name, live in group.live.items():
@@ -33,7 +32,7 @@ def check_values(saved: dict[str, Any], group: "Group") -> None:
         _check_tensor(f"held_out {name}", q, {group.live[name].shape}, -math.inf, math.inf, finite=False)
 
 
-def check_nodes(tower: dict[str, Any], group: "Group") -> None:
+def check_nodes(tower: dict[str, Any], group: Any) -> None:
     """Raise unless the levels above are such as this tower has."""
     labels = {node: label for label, node in group.nodes.items()}
     for label, node in group.nodes.items():
@@ -56,7 +55,7 @@ def check_nodes(tower: dict[str, Any], group: "Group") -> None:
             _check_record(label, record["state"], record["x"].shape, buffer.numbers)
 
 
-def check_states(saved: dict[str, Any], group: "Group", records: Sequence[dict[str, Tensor]]) -> None:
+def check_states(saved: dict[str, Any], group: Any, records: Sequence[dict[str, Tensor]]) -> None:
     """Raise unless the state of each parameter is such as its rule keeps."""
     numbers = {"t"}
     if not any(size for size in group.sizes.values()):  # with values per tensor or coordinate, states are too
