@@ -220,3 +220,17 @@ def test_a_parameter_of_an_optimizer_that_is_driven_cannot_be_replaced():
     optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="driven as a whole and has other parameters: replace them in it"):
         descend(optimizer, 1)
+
+
+# ---- parameters of one number
+
+
+@pytest.mark.parametrize("per", ["tensor", "coordinate"])
+@pytest.mark.parametrize("rule", [Adam, SGD, ScheduleFree(Adam)])
+def test_a_single_number_may_have_a_value_of_its_own(rule, per):
+    number, vector = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor([2.0]))
+    optimizers = [Hyper(rule, lr=0.01, per=per).stack(Adam).bind([p]) for p in (number, vector)]
+    for optimizer in optimizers:
+        descend(optimizer, 6)
+    assert torch.allclose(number, vector[0], rtol=1e-5)
+    assert float(number.detach()) < 2
