@@ -12,10 +12,10 @@ SOURCES := setup.cfg pyproject.toml setup.py hyperopt/body/passes.cpp
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments figures docs test lint clean
+.PHONY: help demo experiments figures docs test test-all lint clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # pip is the last thing that venv writes: an interrupted creation is taken up again.
 $(BIN)/pip:
@@ -51,6 +51,9 @@ docs: $(VENV)/.docs  ## render the documentation into docs/_build
 
 test: $(VENV)/.dev  ## install everything, then run the tests
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev  ## the tests, with those that take minutes
+	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.dev  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed
+from . import distributed, rebuild
 from .body import choose
 from .body.buffers import Buffer, Record
 from .body.compiled import is_right
@@ -14,6 +14,7 @@ from .body.shards import local
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
 from .param_group import check_step
+from .rebuild import Origin
 from .roles import ENTRIES, Role, settle
 from .rule import Rule, recovered
 from .spec import text
@@ -39,7 +40,7 @@ class Group:
         if self.set is not None:
             spec = spec.inside(text.read_set(str(self.set)))
         self.spec, self.group, self.state = spec, group, state
-        self.params: list[Tensor] = group["params"]
+        self.params: list[Tensor] = list(group["params"])
         self.roles: dict[Tensor, Role] = {} if spec.rule.elementwise else settle(group, spec.rule.parts)
         self.said = {entry: group.get(entry) for entry in ENTRIES} if self.roles else {}
         self.device = self.params[0].device
@@ -70,7 +71,8 @@ class Group:
             last[name] = self._to(last.get(name, self.live[name].clone()))
         learned = self.spec.learning
         values = {name: live.detach() for name, live in self.live.items()}
-        own = {n: Hyperparameter(self.spec.domain(n), values[n], learned=n in learned, last_value=last[n]) for n in self.names}
+        rule, domain = self.spec.rule, self.spec.domain
+        own = {n: Hyperparameter(domain(n), values[n], learned=n in learned, rule=rule, name=n, last_value=last[n]) for n in self.names}
         self.versions = {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
@@ -123,6 +125,13 @@ class Group:
         self.buffers = buffers
         index = {p: i for i, p in enumerate(self.params)}
         self.tower["chunks"] = [[index[p] for p in buffer.tensors] for buffer in buffers]
+        self.origin = Origin(self.group, self.state)
+
+    def current(self, tower: Level, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool) -> "Group":
+        """This group; if parameters or state were replaced since it was built, another one that goes on with them."""
+        if self.origin.holds(group, state):
+            return self
+        return Group(tower, rebuild.fitting(self, group, state), state, compile=compile)
 
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
@@ -145,10 +154,7 @@ class Group:
             Whether there are any.
         """
         self._notice()
-        fresh, mixed, active = [], [], []
-        for p in self.params:
-            if p.grad is not None and "t" not in self.state.get(p, {}):
-                fresh.append(p)
+        fresh, mixed, active = [p for p in self.origin.stateless if p.grad is not None], [], []
         for buffer in self.buffers:
             missing = 0
             for p in buffer.tensors:

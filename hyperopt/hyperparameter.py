@@ -1,5 +1,7 @@
 """A hyperparameter, and those of one node: value, raw value, 1 − value, what a user assigned, publication."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .domains import Domain, Positive, complement
-from .rule import Values
+from .rule import Rule, Values
 
 Raw = dict[str, Tensor]
 
@@ -29,10 +31,13 @@ class Hyperparameter:
         value: the published value, which users read and may assign to.
         learned: whether a node above learns it.
         last_value: the value that was published last; None above level 0, where nobody assigns.
+        rule: that has it, and may refuse a bound of the domain.
+        name: in that rule.
     """
 
-    def __init__(self, domain: Domain, value: Tensor, *, learned: bool, last_value: Tensor | None = None) -> None:
+    def __init__(self, domain: Domain, value: Tensor, *, learned: bool, rule: Rule, name: str, last_value: Tensor | None = None) -> None:
         self.domain, self.value, self.learned, self.last_value = domain, value, learned, last_value
+        self.admitted = admitted(rule, name, domain, value.dtype)
         self.rest = complement(value)  # 1 − value, while it is held
         self.logarithmic = domain == Positive()  # the usual lr: torch's own functions save 11 of 95 calls of a step
         self.limits = domain.raw_limits(value.dtype)
@@ -70,8 +75,8 @@ class Hyperparameter:
         return torch.where(inside, taken, raw)
 
     def notice(self) -> None:
-        """A user may have written the value: what lies outside the domain is ignored, as nobody waits to look at it."""
-        low, high = self.domain.bounds()
+        """A user may have written the value: what a number may not be is ignored, as nobody waits to look at it."""
+        low, high = self.admitted
         valid = (self.value >= low) & (self.value <= high) & self.value.isfinite()
         assert self.last_value is not None
         self.value.copy_(torch.where(valid, self.value, self.last_value))
@@ -160,6 +165,18 @@ class Hyperparameters:
             mine = self.own[name]
             assert mine.last_value is not None
             mine.last_value.lerp_(mine.value, ok)
+
+
+def admitted(rule: Rule, name: str, domain: Domain, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest value that a hyperparameter may be given: the bounds of its domain, or the number of `dtype` next to an
+    upper bound that the rule refuses, such as a decay of 1 where the bias is corrected."""
+    low, high = domain.bounds()
+    if high < math.inf and rule.declared()[name].domain.admits(high):
+        try:
+            dataclasses.replace(rule, **{name: high})
+        except ValueError:
+            high = float(torch.nextafter(torch.tensor(high, dtype=dtype, device="cpu"), torch.tensor(low, dtype=dtype, device="cpu")))
+    return low, high
 
 
 def joined(numbers: Raw, names: Sequence[str]) -> Tensor:

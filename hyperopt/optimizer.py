@@ -52,7 +52,7 @@ class HyperOptimizer(Optimizer):
         super().__init__(params, {name: tower.rule.value(name) for name in tower.rule.declared()})
         if source is not None:
             self.state.update(adopt.state_of(source))
-            self._rebuild()
+            self._groups()
             if isinstance(tower.rule, BlackBox):
                 self.driven = adopt.Driven(source, resolve=bool(tower.learning))
 
@@ -77,7 +77,8 @@ class HyperOptimizer(Optimizer):
 
         Raises:
             TypeError: a sparse gradient.
-            ValueError: a number outside its domain was assigned to a parameter group (a tensor outside is ignored without a host sync).
+            ValueError: a number outside its domain was assigned to a parameter group (a tensor outside is ignored without a host sync); a
+                parameter was replaced or changed and has a state of another shape. Nothing is changed.
         """
         self._check_outside("step()")
         with torch.enable_grad():
@@ -168,7 +169,7 @@ class HyperOptimizer(Optimizer):
     @property
     def skipped(self) -> dict[str, int]:
         """How many steps were left out for a gradient, and how many hypergradients, that were not finite."""
-        steps, hypergradients = zip(*(group.tower["skipped"] for group in self._groups()), strict=True)
+        steps, hypergradients = zip(*(group.tower["skipped"] for group in self._bound or self._groups()), strict=True)
         return {"gradients": max(map(int, steps)), "hypergradients": sum(map(int, hypergradients))}
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,29 +180,29 @@ class HyperOptimizer(Optimizer):
         """
         self._check_saves()
         driven = {"driven": self.driven.optimizer.state_dict()} if self.driven else {}
-        return checkpoint.whole(super().state_dict(), self.param_groups) | driven
+        return checkpoint.whole(super().state_dict() | driven, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint; training then goes on bit for bit.
+        """Take over a checkpoint; training then goes on bit for bit. Where both sides name their parameters, they are matched by name.
 
         Raises:
-            ValueError: a checkpoint of another tower, format or shapes, without a group's feasible set, or with a value outside its
-                domain; nothing is changed then.
+            ValueError: a checkpoint of another tower, format, shapes or names, without a group's feasible set, with a part missing, or
+                with values that this optimizer cannot have written; nothing is changed then.
             RuntimeError: inside `averaged()`.
         """
         self._check_outside("load_state_dict()")
         final: dict[str, Any] = {}
+        before = self.state, self.param_groups, self._groups()
 
-        def inspect(_: Optimizer, given: dict[str, Any]) -> None:
-            checkpoint.check(given, self.tower, self.param_groups, driven=self.driven is not None)
-            final.update(given)
+        def inspect(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            final.update(checkpoint.fitted(given, self.tower, before[2], self.driven and self.driven.optimizer))
+            return final
 
-        before = self.state, self.param_groups, self._bound
         handle = self.register_load_state_dict_pre_hook(inspect)
         try:
             super().load_state_dict(checkpoint.mapping(state_dict))
             self.state.update(checkpoint.states(final, [p for group in self.param_groups for p in group["params"]]))
-            self._rebuild()
+            self._groups()
             if self.driven is not None:
                 self.driven.optimizer.load_state_dict(final["driven"])
         except BaseException:
@@ -225,12 +226,11 @@ class HyperOptimizer(Optimizer):
         return "\n".join([head, *(line for group in self.param_groups for line in roles.shown(group, self.tower.rule.parts))])
 
     def _groups(self) -> list[Group]:
+        tower, state, compile = self.tower, self.state, self.compile
         if len(self._bound) != len(self.param_groups):
-            self._rebuild()
+            self._bound = [Group(tower, group, state, compile=compile) for group in self.param_groups]
+        self._bound = [b.current(tower, group, state, compile=compile) for b, group in zip(self._bound, self.param_groups, strict=True)]
         return self._bound
-
-    def _rebuild(self) -> None:
-        self._bound = [Group(self.tower, group, self.state, compile=self.compile) for group in self.param_groups]
 
     def _check_outside(self, what: str) -> None:
         if self._averaged:
@@ -242,7 +242,7 @@ class HyperOptimizer(Optimizer):
             raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
 
     def _named(self, of: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-        groups, out = self._groups(), {}
+        groups, out = self._bound or self._groups(), {}  # what was replaced since is the next step's business
         for i, group in enumerate(groups):
             suffix = f"[{i}]" if len(groups) > 1 else ""
             for label, node in sorted(group.nodes.items()):

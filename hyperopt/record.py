@@ -78,7 +78,9 @@ class Recorder:
 
     @torch.no_grad()
     def _sample(self, optimizer: Any, *_: object) -> None:
-        self._seen += 1
+        # A run that was resumed goes on counting: its optimizer has the steps that were taken before.
+        calls = [group["tower"]["calls"] for group in optimizer.param_groups if "tower" in group]
+        self._seen = max(self._seen + 1, *calls) if calls else self._seen + 1
         if self._seen % self.every:
             return
         places = defaultdict(dict)
@@ -104,11 +106,15 @@ class Recorder:
             rows = block.rows[: len(at)].cpu().double().numpy()[at >= 0]
             for tag, column in zip(block.tags, rows.T, strict=True):
                 columns[tag][at[at >= 0]] = column
+        # What a group was called while it was the only one: "0.lr", and later "0.lr[0]".
+        for tag in [tag for tag in columns if f"{tag}[0]" in columns]:
+            alone, later = columns.pop(tag), columns[f"{tag}[0]"]
+            columns[f"{tag}[0]"] = np.where(np.isnan(later), alone, later)
         return columns
 
     @property
     def steps(self) -> np.ndarray:
-        """The step after which each sample was taken, counted from 1."""
+        """The step after which each sample was taken, counted from the first step of the run, also where it was resumed."""
         return np.array(self._steps, dtype=np.int64)
 
     @property

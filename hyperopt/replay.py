@@ -63,6 +63,8 @@ class Replay:
         for label, column in columns.items():
             name, _, group = label.removesuffix("]").partition("[")
             if name in wanted:
+                if column.shape == self._steps.shape and group:  # a group that was added later begins with its first value
+                    column = np.where(np.isnan(column).cumprod(), column[np.isfinite(column).argmax()], column)
                 if column.shape != self._steps.shape or not np.isfinite(column).all():
                     raise ValueError(f"{label} needs one finite number for each of {len(self._steps)} steps, got {column!r}")
                 self._columns += [(each, name, column) for each in self._groups(label, name, group)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,14 +73,12 @@ class Tree:
     def _node(
         self, spec: Level, rule: Rule, level: int, branch: str, own: dict[str, Hyperparameter], buffers: Sequence[Buffer]
     ) -> Optimizable:
-        above = []
-        for names, upper in spec.above.items():
-            path = ".".join(filter(None, [branch, names[0]])) if spec.is_tree() else branch
-            above.append((names, self._upper(upper, level + 1, path, {name: own[name] for name in names})))
-        label = _label(level, branch)
-        vectors = [(names, node.body.buffers[0].tensors[0]) for names, node in above]
+        nodes = []
+        for names, upper, path in above(spec, branch):
+            nodes.append((names, self._upper(upper, level + 1, path, {name: own[name] for name in names})))
+        vectors = [(names, node.body.buffers[0].tensors[0]) for names, node in nodes]
         hypers = Hyperparameters(own, vectors, constant=level > 0 and self.compile)
-        domains = {name: own[name].domain for names, _ in above for name in names}
+        domains = {name: own[name].domain for names, _ in nodes for name in names}
         tangents = Tangents(rule, domains, gamma(spec.horizon), coupled=spec.project is not None)
         trust = spec.trust_at(level)
         graph = spec.strategy == "graph"
@@ -88,8 +86,8 @@ class Tree:
         part = Part(level, rule, hypers, tangents, trust, spec.project, compiled=self.compile and not graph, ranks=ranks)
         chosen = choose.body(part, self.params, graph=graph)
         chosen.buffers = buffers
-        guards = self._guards(level, rule, own, domains, trust, above, self.records.setdefault(label, {}))
-        node = self.nodes[label] = Optimizable(level, chosen, hypers, Guards(guards), above, self.skipped)
+        guards = self._guards(level, rule, own, domains, trust, nodes, self.records.setdefault(label(level, branch), {}))
+        node = self.nodes[label(level, branch)] = Optimizable(level, chosen, hypers, Guards(guards), nodes, self.skipped)
         return node
 
     def _guards(
@@ -125,7 +123,7 @@ class Tree:
 
     def _upper(self, spec: Level, level: int, branch: str, below: Mapping[str, Hyperparameter]) -> Optimizable:
         """The node whose x are the raw values of the hyperparameters `below`, side by side in one vector."""
-        record = self.records.setdefault(_label(level, branch), {"values": {}, "state": {}})
+        record = self.records.setdefault(label(level, branch), {"values": {}, "state": {}})
         like = next(iter(below.values())).value
         for part in (record, record["values"], record["state"]):
             part |= {key: tensor.to(like) for key, tensor in part.items() if isinstance(tensor, Tensor)}
@@ -141,7 +139,7 @@ class Tree:
             else:
                 given = torch.full_like(x if name in spec.learning and spec.per != "group" else x[0], value)
             live = record["values"].setdefault(name, given)
-            own[name] = Hyperparameter(spec.domain(name), live, learned=name in spec.learning)
+            own[name] = Hyperparameter(spec.domain(name), live, learned=name in spec.learning, rule=rule, name=name)
             if live.dim():
                 positions[name] = torch.arange(x.numel(), device=like.device), x.numel()
         limits = [h.domain.raw_limits(like.dtype) for h in below.values() for _ in range(h.value.numel())]
@@ -151,7 +149,14 @@ class Tree:
         return self._node(spec, rule, level, branch, own, [buffer])
 
 
-def _label(level: int, branch: str) -> str:
+def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, str]]:
+    """The levels directly above one that stands on `branch`: what each of them learns, and the branch that it stands on."""
+    for names, upper in spec.above.items():
+        yield names, upper, ".".join(filter(None, [branch, names[0]])) if spec.is_tree() else branch
+
+
+def label(level: int, branch: str) -> str:
+    """The label of a node."""
     return f"{level}[{branch}]" if branch else str(level)
 
 

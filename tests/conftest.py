@@ -15,6 +15,7 @@ def _mnist() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs these too")
     config.addinivalue_line("markers", "needs_mnist: the test reads MNIST from HYPEROPT_DATA, or from ./data")
 
 

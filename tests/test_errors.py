@@ -9,7 +9,7 @@ import torch
 from small import backward, differences, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, Box, Hyper, Interval, Real
+from hyperopt import SGD, Adam, Averaged, Box, Hyper, Interval, Real
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
 
@@ -221,6 +221,42 @@ def test_a_tensor_outside_the_domain_is_ignored(tower, value):
         o.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert float(optimizer.param_groups[0]["lr"]) == float(other.param_groups[0]["lr"]) > 0
+
+
+REFUSED = [
+    (Hyper(Adam), "beta1", 1.0),
+    (Hyper(Adam), "beta2", 1.0),
+    (CHAIN, "beta2", 1.0),
+    (Hyper(Adam, learn=("lr", "beta1", "beta2")).stack(Adam), "beta1", 1.0),
+    (Hyper(Adam, per="tensor", learn=("lr", "beta2")).stack(Adam), "beta2", 1.0),
+    (Hyper(Averaged(Adam), learn=("lr", "decay")).stack(Adam), "decay", 1.0),
+    (Hyper(SGD, lr=0.01, domains={"lr": Interval(1e-3, 0.1)}).stack(SGD), "lr", 0.5),
+    (Hyper(SGD, lr=0.01, domains={"lr": Interval(1e-3, 0.1)}, per="tensor").stack(SGD), "lr", 1e-4),
+    (Hyper(SGD, lr=0.01, domains={"lr": Real()}, per="coordinate").stack(SGD), "lr", math.inf),
+    (Hyper(SGD, lr=0.01, momentum=0.9, learn="all").stack(SGD), "momentum", -0.1),
+]
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("tower", "name", "value"), REFUSED, ids=str)
+def test_a_tensor_with_what_a_number_may_not_be_is_ignored_where_it_is(tower, name, value, bad, in_place):
+    model, optimizer = trained(tower)
+    twin, other = trained(tower)
+    live = optimizer.param_groups[0][name]
+    given = live.clone()
+    given.view(-1)[-1] = value if bad is None else bad  # of several values only the one
+    if in_place:
+        live.copy_(given)
+    else:
+        optimizer.param_groups[0][name] = given
+    other.param_groups[0][name].add_(0)  # assigned too, as it is
+    for step in range(5, 7):
+        for m, o in ((model, optimizer), (twin, other)):
+            backward(m, step)
+            o.step()
+    assert differences(model.state_dict(), twin.state_dict()) == []
+    assert differences(optimizer.hyperparameters(), other.hyperparameters()) == []
 
 
 def test_betas_assigned_to_a_group_name_the_remedy():

@@ -1,5 +1,6 @@
 """The recorder: what was sampled is what the optimizer had, at the step it had it, in every format."""
 
+import copy
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from hyperopt import Adam, Hyper, record
+from hyperopt import Adam, Hyper, Replay, record
 from hyperopt.record import Recorder, read_csv
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -57,6 +58,59 @@ def test_samples_every_step_of_a_tower():
     assert len(set(recorder.values["0.lr"])) > 10, "the tower did not learn: the comparison above says nothing"
     assert set(recorder.hypergradients) == {"0.lr"}
     assert np.isnan(recorder.hypergradients["0.lr"]).tolist() == [True] + [False] * 19
+
+
+def descended(optimizer, recorder_of=Recorder, steps=1, **options):
+    with recorder_of(optimizer, **options) as recorder:
+        for _ in range(steps):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = p.detach().clone()
+            optimizer.step()
+    return recorder
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_resumed_run_goes_on_counting(every, early):
+    tower = Hyper(Adam).stack(Adam)
+    first, again = (tower.bind([torch.nn.Parameter(torch.ones(3))]) for _ in range(2))
+    descended(first, steps=10)
+    recorder = Recorder(again, every=every) if early else None
+    again.load_state_dict(first.state_dict())
+    recorder = descended(again, steps=7, **({"recorder_of": lambda o: recorder} if early else {"every": every}))
+    assert recorder.steps.tolist() == [step for step in range(11, 18) if step % every == 0]
+
+
+def test_steps_without_a_gradient_are_counted_and_going_back_too():
+    optimizer = Hyper(Adam).stack(Adam).bind([torch.nn.Parameter(torch.ones(3))])
+    young = copy.deepcopy(optimizer.state_dict())
+    with Recorder(optimizer) as recorder:
+        optimizer.step()
+        optimizer.step()
+        descended(optimizer, steps=2)
+        optimizer.load_state_dict(young)
+        optimizer.step()
+    assert recorder.steps.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_group_that_is_added_is_recorded_under_one_name_and_replayed(tmp_path):
+    old, new = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = Hyper(Adam).stack(Adam).bind([old])
+    with Recorder(optimizer) as recorder:
+        descended(optimizer, steps=3)
+        optimizer.add_param_group({"params": [new], "lr": 0.5})
+        descended(optimizer, steps=2)
+    recorder.to_csv(tmp_path / "schedule.csv")
+    assert "0.lr" not in recorder.values
+    assert np.isfinite(recorder.values["0.lr[0]"]).all()
+    assert np.isnan(recorder.values["0.lr[1]"]).tolist() == [True] * 3 + [False] * 2
+    for source in (recorder, tmp_path / "schedule.csv"):
+        plain = torch.optim.Adam([{"params": [old]}, {"params": [new]}])
+        schedule = Replay(plain, source, names=("lr",))
+        assert plain.param_groups[1]["lr"] == pytest.approx(recorder.values["0.lr[1]"][3])
+        schedule.step()
+        assert plain.param_groups[0]["lr"] == pytest.approx(recorder.values["0.lr[0]"][1])
 
 
 def test_samples_across_blocks_with_keys_that_appear_late(monkeypatch):

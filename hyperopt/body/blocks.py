@@ -34,7 +34,7 @@ class Block:
 
     def factor(self, name: str, factor: Tensor, z: Tensor) -> Tensor:
         """A factor on a tangent: one number, or one for each value of the hyperparameter, spread over the coordinates."""
-        return self.spread(name, factor) if factor.dim() and z.dim() else factor.to(z)
+        return self.spread(name, factor) if factor.dim() and (z.dim() or not self.x.dim()) else factor.to(z)
 
     def tangent(self, name: str, of: str, like: Tensor) -> Tensor:
         """The buffer of a tangent, shaped like `like`, zero where there was none."""

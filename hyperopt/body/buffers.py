@@ -79,7 +79,7 @@ class Buffer:
             self.state[key] = self._load(key) if key in self.records[0] else buffer
         for key in list(self.records[0]):
             if key.startswith("Z."):
-                self.tangents.setdefault(key.split(".")[1], {})[_of(key)] = self._load(key)
+                self.tangents.setdefault(key.split(".")[1], {})[base_of(key)] = self._load(key)
         self._keep("t", self.t)
         for key, buffer in self.state.items():
             self._keep(key, buffer)
@@ -198,7 +198,7 @@ class Buffer:
 
     def is_number(self, key: str) -> bool:
         """Whether a record's entry is one number for the whole buffer."""
-        return (_of(key) if key.startswith("Z.") else key) in self.numbers
+        return (base_of(key) if key.startswith("Z.") else key) in self.numbers
 
     def _initial(self, rule: Rule) -> State:
         x = self.x()
@@ -245,6 +245,6 @@ def _key(name: str, of: str) -> str:
     return f"Z.{name}" if of == "x" else f"Z.{name}.{of}"
 
 
-def _of(key: str) -> str:
+def base_of(key: str) -> str:
     """Of what `_key` names the tangent."""
     return key[2:].partition(".")[2] or "x"
