@@ -50,6 +50,9 @@ def _check(state_dict: dict[str, Any], tower: Level, param_groups: list[dict[str
             )
         if saved["tower"]["structure"] != mine:
             raise ValueError(f"the checkpoint is of another tower: {saved['tower']['structure']}; this one is {mine}")
+        scheduled = "initial" in saved["tower"]
+        if scheduled != ("initial" in group["tower"]):
+            raise ValueError(f"the checkpoint was written with schedule={scheduled}: bind(…, schedule={scheduled}) to load it")
         shapes = saved["tower"]["shapes"]
         if len(shapes) != len(group["params"]):
             raise ValueError(f"the checkpoint's group has {len(shapes)} parameters and this one {len(group['params'])}")

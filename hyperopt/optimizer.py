@@ -12,7 +12,7 @@ from . import adopt, checkpoint, driven, held_out, roles
 from .body.shards import local
 from .group import Group
 from .guards import every
-from .param_group import check_arguments, check_parameters, prepared
+from .param_group import check_arguments, check_parameters, check_scheduler, prepared
 from .rules.black_box import BlackBox
 from .spec.level import Level
 
@@ -37,9 +37,9 @@ class HyperOptimizer(Optimizer):
     True
     """
 
-    def __init__(self, tower: Level, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
-        check_arguments(params, compile, hyper_every)
-        self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
+    def __init__(self, tower: Level, params: Any, *, compile: bool = False, hyper_every: int = 1, schedule: bool = False) -> None:
+        check_arguments(params, compile, hyper_every, schedule)
+        self.tower, self.compile, self.hyper_every, self.schedule = tower, compile, hyper_every, schedule
         self._bound: list[Group] = []
         self._averaged = False
         self.driven: adopt.Driven | None = None
@@ -56,6 +56,11 @@ class HyperOptimizer(Optimizer):
             if isinstance(tower.rule, BlackBox):
                 self.driven = adopt.Driven(source, resolve=bool(tower.learning))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "_wrapped_by_lr_sched"):  # torch's schedulers first wrap `step`
+            check_scheduler(self.tower, self.schedule)
+        super().__setattr__(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
         if self.driven is not None:
@@ -64,7 +69,7 @@ class HyperOptimizer(Optimizer):
         added = self.param_groups[-1]
         try:
             check_parameters(added["params"])
-            self._bound.append(Group(self.tower, added, self.state, compile=self.compile))
+            self._bound.append(Group(self.tower, added, self.state, compile=self.compile, schedule=self.schedule))
         except BaseException:
             self.param_groups.pop()
             raise
@@ -126,10 +131,7 @@ class HyperOptimizer(Optimizer):
         >>> bool(optimizer.hyperparameters()["0.decay"] < 0.98)  # on the way down the latest weights are the best
         True
         """
-        groups = self._groups()
-        grads = held_out.gradients(loss, [p for group in groups for p in group.params], self.tower)
-        for group in groups:
-            held_out.keep(group, grads, group.rule.average or "x" if self._averaged else "x")
+        held_out.learn(loss, self._groups(), averaged=self._averaged)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -141,9 +143,9 @@ class HyperOptimizer(Optimizer):
         Raises:
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
-        found = [(local(p), group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
-        pairs = [(p, average) for p, average in found if average is not None]
-        if self._averaged or not pairs:
+        groups = [] if self._averaged else self._groups()
+        pairs = [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
+        if not pairs:
             yield
             return
         kept = [p.detach().clone() for p, _ in pairs]
@@ -212,12 +214,10 @@ class HyperOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_saves()
-        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every", "driven")}
-        return {**super().__getstate__(), **kept}
+        return super().__getstate__() | {n: getattr(self, n) for n in ("tower", "compile", "hyper_every", "schedule", "driven")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._bound, self._averaged = [], False
+        super().__setstate__(state | {"_bound": [], "_averaged": False})
 
     def __repr__(self) -> str:
         tensors = sum(len(group["params"]) for group in self.param_groups)
@@ -230,7 +230,7 @@ class HyperOptimizer(Optimizer):
         return self._bound
 
     def _rebuild(self) -> None:
-        self._bound = [Group(self.tower, group, self.state, compile=self.compile) for group in self.param_groups]
+        self._bound = [Group(self.tower, group, self.state, compile=self.compile, schedule=self.schedule) for group in self.param_groups]
 
     def _check_outside(self, what: str) -> None:
         if self._averaged:
