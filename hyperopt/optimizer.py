@@ -11,10 +11,13 @@ from torch.optim import Optimizer
 from . import adopt, checkpoint, driven, held_out, roles
 from .body.shards import local
 from .group import Group
-from .guards import every
 from .param_group import check_arguments, check_parameters, check_scheduler, prepared
 from .rules.black_box import BlackBox
 from .spec.level import Level
+
+# A user's torch.compile around a training step leaves these methods out. Traced, what they keep in Python would be compiled anew in each
+# step. torch.optim does the same; torch.compiler.disable would import the compiler with this module, which takes two seconds.
+UNTRACED = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 
 
 class HyperOptimizer(Optimizer):
@@ -74,6 +77,7 @@ class HyperOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
+    @UNTRACED
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of every level. A gradient that is not finite leaves everything as it was, and is counted in `skipped`.
 
@@ -88,21 +92,10 @@ class HyperOptimizer(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         with torch.no_grad():
-            self._step()
+            driven.step(self.driven, self._groups(), self.hyper_every)
         return loss
 
-    def _step(self) -> None:
-        bound = self._groups()
-        for group in bound:
-            group.check()
-        if self.driven is not None:
-            driven.step(self.driven, bound, self.hyper_every)
-            return
-        groups = [group for group in bound if group.collect()]
-        ok = every(group.finite() for group in groups) if len(groups) > 1 else None
-        for group in groups:
-            group.step(ok, self.hyper_every)
-
+    @UNTRACED
     def hyper_backward(self, loss: Tensor) -> None:
         """Let the next step learn its hyperparameters from this loss, on held-out data for example, instead of the training loss.
 
@@ -224,6 +217,7 @@ class HyperOptimizer(Optimizer):
         head = f"HyperOptimizer({self.tower}, {tensors} tensors in {len(self.param_groups)} groups)"
         return "\n".join([head, *(line for group in self.param_groups for line in roles.shown(group, self.tower.rule.parts))])
 
+    @UNTRACED
     def _groups(self) -> list[Group]:
         if len(self._bound) != len(self.param_groups):
             self._rebuild()
