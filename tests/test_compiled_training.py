@@ -82,7 +82,7 @@ def test_a_closure_may_call_a_compiled_model():
 
     def closure(step):
         optimizer.zero_grad()
-        loss = loss_at(fast, step)
+        loss = loss_at(fast, step)  # pyright: ignore[reportArgumentType]
         loss.backward()
         calls.append(step)
         return loss
