@@ -135,7 +135,8 @@ class Hyper(Level):
         Raises:
             ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group, a tower of a
                 height above 200 or more than 10,000 levels.
-            TypeError: no params, or params for a tower made from a live optimizer, which has its own.
+            TypeError: no params, or params for a tower made from a live optimizer, which has its own; such an optimizer without a rule
+                here, of which lr is learned, over parameters in half precision.
 
         >>> import torch
         >>> from hyperopt import Adam, Hyper
