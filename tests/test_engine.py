@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -391,3 +393,26 @@ def test_other_tensors_with_a_gradient_in_every_step_compile_a_few_times():
     stages = {key[0] for key, _ in runner.compiled.fused if key[0] != "whole"}
     assert len(pieces) == 3
     assert 1 <= len(stages) <= 3
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("tower", [Hyper(Adam).stack(Adam), Hyper(ScheduleFree(Adam), learn=("lr", "beta1")).stack(Adam)], ids=str)
+def test_an_optimizer_is_freed_without_a_garbage_collection(tower, compile):
+    gc.collect()
+    gc.disable()
+    try:
+        params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))]
+        optimizer = tower.bind(params, compile=compile)
+        for _ in range(6):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        group = optimizer._groups()[0]
+        assert not compile or group._step.compiled.fused
+        held = optimizer, group, group.root, group.body, group.buffers[0], *group.buffers[0].state.values()
+        found = [weakref.ref(each) for each in held]
+        del optimizer, group, held, p
+        assert [each() for each in found] == [None] * len(found)
+    finally:
+        gc.enable()
