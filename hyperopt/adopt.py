@@ -111,9 +111,19 @@ class Driven:
 
     It steps with a constant lr of its own, so that the learned lr never has to be read on the host. With `resolve` that is at least 1e-3,
     so that displacements have enough digits; for optimizers that are linear in lr.
+
+    Raises:
+        TypeError: parameters in half precision, with `resolve`.
     """
 
     def __init__(self, optimizer: Optimizer, *, resolve: bool) -> None:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if resolve):
+            if p.dtype in (torch.bfloat16, torch.float16):
+                name, dtype = type(optimizer).__name__, str(p.dtype).removeprefix("torch.")
+                raise TypeError(
+                    f"{name} has parameters in {dtype}, which rounds small displacements to 0, and lr is learned from displacements: "
+                    f"keep the parameters in float32 and compute in {dtype} under torch.autocast"
+                )
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             group["lr"] = max(float(group["lr"]), RESOLVED if resolve else 0.0)

@@ -56,6 +56,9 @@ def _fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence[Any], dri
     if unknown := states.keys() - {i for saved in found for i in saved["params"]}:
         raise ValueError(f"the checkpoint's state of {sorted(unknown, key=str)} belongs to none of its parameters: {WRITTEN}")
     for saved, group in zip(found, groups, strict=True):
+        if ("initial" in saved["tower"]) != group.scheduled:
+            wanted = f"schedule={not group.scheduled}"
+            raise ValueError(f"the checkpoint was written with {wanted}: bind(…, {wanted}) to load it")
         _check_shapes(saved, group)
         records = [states.get(i, {}) for i in saved["params"]]
         _check_entries(saved, group, records)

@@ -23,13 +23,14 @@ def check_values(saved: dict[str, Any], group: Any) -> None:
     tower = saved["tower"]
     for name, live in group.live.items():
         _check_value(name, saved[name], group.root, name, {live.shape, torch.Size()})
-        _check_tensor(f"last {name}", tower["last"][name], {live.shape})
-        _check_value(f"last {name}", tower["last"][name], group.root, name, {live.shape})
+        shape = group.hypers[name].value.shape
+        _check_tensor(f"last {name}", tower["last"][name], {shape})
+        _check_value(f"last {name}", tower["last"][name], group.root, name, {shape})
     gradients, hypergradients = tower["skipped"]
     for count in (gradients, hypergradients):
         _check_tensor("skipped", count, {torch.Size()}, 0.0)
     for name, q in tower.get("held_out", {}).items():
-        _check_tensor(f"held_out {name}", q, {group.live[name].shape}, -math.inf, math.inf, finite=False)
+        _check_tensor(f"held_out {name}", q, {group.hypers[name].value.shape}, -math.inf, math.inf, finite=False)
 
 
 def check_nodes(tower: dict[str, Any], group: Any) -> None:

@@ -13,10 +13,11 @@ from .body.compiled import is_right
 from .body.shards import local
 from .checkpoint import FORMAT
 from .hyperparameter import Hyperparameter
-from .param_group import check_step
+from .param_group import check_step, sizes
 from .rebuild import Origin
 from .roles import ENTRIES, Role, settle
 from .rule import Rule, recovered
+from .schedule import Overwritten, Schedule, expanded
 from .spec import text
 from .spec.level import Level
 from .tree import Tree, with_zeros
@@ -33,9 +34,12 @@ class Group:
         group: the parameter group of the optimizer; its "tower" entry holds the levels above 0.
         state: the optimizer's state, by parameter.
         compile: fuse the tower's step.
+        schedule: the lr in `group` is a scheduler's, and scales the one that is learned.
     """
 
-    def __init__(self, spec: Level, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool = False) -> None:
+    def __init__(
+        self, spec: Level, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool = False, schedule: bool = False
+    ) -> None:
         self.set = group.setdefault("project", None)
         if self.set is not None:
             spec = spec.inside(text.read_set(str(self.set)))
@@ -46,7 +50,9 @@ class Group:
         self.device = self.params[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         self.names = list(spec.rule.declared())
-        self.sizes = {name: self._size(name) for name in self.names}
+        self.scheduled = schedule and "lr" in spec.learning  # a held lr is the scheduler's in any case
+        self.sizes = sizes(spec, self.params)
+        self.entries = {**self.sizes, "lr": None} if self.scheduled else self.sizes  # how many values are in `group`
         self.live: dict[str, Tensor] = {}  # what stands in `group`: another object for each value, with the same memory
         self.buffers: list[Buffer] = []
         self._young = False  # whether there are buffers that have not taken a step
@@ -56,6 +62,7 @@ class Group:
         self.tower: dict[str, Any] = group.setdefault("tower", fresh)
         self.tower["shapes"] = [list(p.shape) for p in self.params]
         self.tower["skipped"] = [self._to(count).clone() for count in self.tower.get("skipped", torch.zeros(2))]
+        self.watch = Overwritten(self.tower["last"], self.device) if "lr" in spec.learning else None
         self.compile = compile and spec.strategy != "graph" and is_right(group["params"])
         self.one = torch.ones((), dtype=self.dtype, device=self.device)
         self._build()
@@ -66,13 +73,16 @@ class Group:
         for name in self.names:
             if name not in self.live:
                 value = self._to(torch.as_tensor(self.group[name], dtype=self.dtype)).detach().clone()
-                size = self.sizes[name]
-                self.live[name] = self.group[name] = value if size is None or value.dim() else value.expand(size).clone()
+                self.live[name] = self.group[name] = expanded(value, self.entries[name])
             last[name] = self._to(last.get(name, self.live[name].clone()))
         learned = self.spec.learning
         values = {name: live.detach() for name, live in self.live.items()}
         rule, domain = self.spec.rule, self.spec.domain
         own = {n: Hyperparameter(domain(n), values[n], learned=n in learned, rule=rule, name=n, last_value=last[n]) for n in self.names}
+        if self.scheduled:
+            self.watch = Schedule(self.group, self.live["lr"], domain("lr"), self.sizes["lr"], rule)
+            own["lr"] = self.watch.lr
+        self.places = values
         self.versions = {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
@@ -83,7 +93,7 @@ class Group:
         self.body, self.hypers = self.root.body, self.root.hypers
         self._step = choose.Runner(self.root.step, self.body, self.tree.tangents) if self.compile else self.root.step
         # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
-        differ = {name for name in self.names if not torch.equal(self.live[name], last[name])}
+        differ = {n for n, h in own.items() if h.last_value is not None and not torch.equal(self.live[n], last[n])}
         for name in differ | set(self.tower.get("watched", [])):
             self._changed(name)
         kept = [[self.params[i] for i in part] for part in self.tower.get("chunks", [])]
@@ -98,12 +108,6 @@ class Group:
 
     def _to(self, value: Tensor) -> Tensor:
         return value.to(device=self.device, dtype=self.dtype)
-
-    def _size(self, name: str) -> int | None:
-        """How many values a hyperparameter of level 0 has; None for one."""
-        if name not in self.spec.learning or self.spec.per == "group":
-            return None
-        return len(self.params) if self.spec.per == "tensor" else sum(p.numel() for p in self.params)
 
     def _buffer(self, params: list[Tensor]) -> Buffer:
         positions = choose.spread(params, self.params, self.spec)
@@ -127,11 +131,11 @@ class Group:
         self.tower["chunks"] = [[index[p] for p in buffer.tensors] for buffer in buffers]
         self.origin = Origin(self.group, self.state)
 
-    def current(self, tower: Level, group: dict[str, Any], state: MutableMapping[Tensor, Record], *, compile: bool) -> "Group":
+    def current(self, tower: Level, group: dict[str, Any], state: MutableMapping[Tensor, Record], **how: bool) -> "Group":
         """This group; if parameters or state were replaced since it was built, another one that goes on with them."""
         if self.origin.holds(group, state):
             return self
-        return Group(tower, rebuild.fitting(self, group, state), state, compile=compile)
+        return Group(tower, rebuild.fitting(self, group, state), state, **how)
 
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
@@ -142,7 +146,7 @@ class Group:
             usual = usual and self.group.get(name) is value
         if self.live and usual:
             return
-        check_step(self.group, self.spec, self.sizes, self.set, self.said, self.dtype)
+        check_step(self.group, self.spec, self.entries, self.set, self.said, self.dtype)
 
     def collect(self, directions: Mapping[Tensor, Tensor] | None = None) -> bool:
         """Notice what was assigned, choose the buffers that have a gradient, and begin the step with them.
@@ -220,14 +224,18 @@ class Group:
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""
         for name, mine in self.live.items():
-            value = self.group[name]
+            value, watch = self.group[name], self.watch if name == "lr" else None
             if value is mine and mine._version == self.versions[name]:
+                if watch is not None:
+                    watch.unwritten()
                 continue
             if value is not mine:
                 mine.data = mine.clone()  # whoever has kept it can put it back: it is what it was
-                mine = self.live[name] = self.hypers[name].value.detach()
+                mine = self.live[name] = self.places[name].detach()
                 mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
                 self.group[name] = mine
+            if watch is not None and watch.written(mine):
+                continue
             self._changed(name)
             if name in self.zeros and bool(mine != 0):
                 # It had no place in the state (momentum), nor in the update. The one look at a value, when it is assigned.

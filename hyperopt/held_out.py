@@ -10,6 +10,13 @@ from .group import Group
 from .spec.level import Level
 
 
+def learn(loss: Tensor, groups: Sequence[Group], *, averaged: bool) -> None:
+    """Let the next step of each group learn from `loss`, which was made with the averaged weights, or with the weights themselves."""
+    grads = gradients(loss, [p for group in groups for p in group.params], groups[0].spec)
+    for group in groups:
+        keep(group, grads, group.rule.average or "x" if averaged else "x")
+
+
 def gradients(loss: Tensor, params: Sequence[Tensor], tower: Level) -> dict[Tensor, Tensor | None]:
     """The gradient of `loss` by parameter, None where it does not depend on one; raises where a tower cannot learn from it."""
     if not tower.above:

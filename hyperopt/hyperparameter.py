@@ -33,10 +33,21 @@ class Hyperparameter:
         last_value: the value that was published last; None above level 0, where nobody assigns.
         rule: that has it, and may refuse a bound of the domain.
         name: in that rule.
+        factor: of a scheduler, by which the learned value is multiplied; None without one.
     """
 
-    def __init__(self, domain: Domain, value: Tensor, *, learned: bool, rule: Rule, name: str, last_value: Tensor | None = None) -> None:
-        self.domain, self.value, self.learned, self.last_value = domain, value, learned, last_value
+    def __init__(
+        self,
+        domain: Domain,
+        value: Tensor,
+        *,
+        learned: bool,
+        rule: Rule,
+        name: str,
+        last_value: Tensor | None = None,
+        factor: Tensor | None = None,
+    ) -> None:
+        self.domain, self.value, self.learned, self.last_value, self.factor = domain, value, learned, last_value, factor
         self.admitted = admitted(rule, name, domain, value.dtype)
         self.rest = complement(value)  # 1 − value, while it is held
         self.logarithmic = domain == Positive()  # the usual lr: torch's own functions save 11 of 95 calls of a step
@@ -44,15 +55,18 @@ class Hyperparameter:
         self.assignment: Assignment | None = None
 
     def at(self, raw: Tensor) -> Tensor:
-        """The value at `raw`; the one that was assigned, if the step is the first one after that."""
+        """The value at `raw`, as a scheduler scales it; the one that was assigned, if the step is the first one after that."""
         value = raw.exp() if self.logarithmic else self.domain.value(raw)
+        if self.factor is not None:
+            return value * self.factor
         if self.assignment is None:
             return value
         return torch.where(self.assignment.boundary, self.assignment.value, value + self.assignment.shift)
 
     def rest_at(self, raw: Tensor) -> Tensor:
         """1 − value at `raw`."""
-        return self.domain.complement(raw) if self.assignment is None else complement(self.at(raw))
+        plain = self.assignment is None and self.factor is None
+        return self.domain.complement(raw) if plain else complement(self.at(raw))
 
     def scaled(self, raw: Tensor, factor: Tensor) -> Tensor:
         """The raw value of `factor` times the value, exactly `raw` where factor is 1."""

@@ -11,10 +11,13 @@ from torch.optim import Optimizer
 from . import adopt, checkpoint, driven, held_out, roles
 from .body.shards import local
 from .group import Group
-from .guards import every
-from .param_group import check_arguments, check_parameters, prepared
+from .param_group import check_arguments, check_parameters, check_scheduler, prepared
 from .rules.black_box import BlackBox
 from .spec.level import Level
+
+# A user's torch.compile around a training step leaves these methods out. Traced, what they keep in Python would be compiled anew in each
+# step. torch.optim does the same; torch.compiler.disable would import the compiler with this module, which takes two seconds.
+UNTRACED = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 
 
 class HyperOptimizer(Optimizer):
@@ -37,9 +40,9 @@ class HyperOptimizer(Optimizer):
     True
     """
 
-    def __init__(self, tower: Level, params: Any, *, compile: bool = False, hyper_every: int = 1) -> None:
-        check_arguments(params, compile, hyper_every)
-        self.tower, self.compile, self.hyper_every = tower, compile, hyper_every
+    def __init__(self, tower: Level, params: Any, *, compile: bool = False, hyper_every: int = 1, schedule: bool = False) -> None:
+        check_arguments(params, compile, hyper_every, schedule)
+        self.tower, self.compile, self.hyper_every, self.schedule = tower, compile, hyper_every, schedule
         self._bound: list[Group] = []
         self._averaged = False
         self.driven: adopt.Driven | None = None
@@ -56,6 +59,11 @@ class HyperOptimizer(Optimizer):
             if isinstance(tower.rule, BlackBox):
                 self.driven = adopt.Driven(source, resolve=bool(tower.learning))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "_wrapped_by_lr_sched"):  # torch's schedulers first wrap `step`
+            check_scheduler(self.tower, self.schedule)
+        super().__setattr__(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
         if self.driven is not None:
@@ -64,11 +72,12 @@ class HyperOptimizer(Optimizer):
         added = self.param_groups[-1]
         try:
             check_parameters(added["params"])
-            self._bound.append(Group(self.tower, added, self.state, compile=self.compile))
+            self._bound.append(Group(self.tower, added, self.state, compile=self.compile, schedule=self.schedule))
         except BaseException:
             self.param_groups.pop()
             raise
 
+    @UNTRACED
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of every level. A gradient that is not finite leaves everything as it was, and is counted in `skipped`.
 
@@ -84,21 +93,10 @@ class HyperOptimizer(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         with torch.no_grad():
-            self._step()
+            driven.step(self.driven, self._groups(), self.hyper_every)
         return loss
 
-    def _step(self) -> None:
-        bound = self._groups()
-        for group in bound:
-            group.check()
-        if self.driven is not None:
-            driven.step(self.driven, bound, self.hyper_every)
-            return
-        groups = [group for group in bound if group.collect()]
-        ok = every(group.finite() for group in groups) if len(groups) > 1 else None
-        for group in groups:
-            group.step(ok, self.hyper_every)
-
+    @UNTRACED
     def hyper_backward(self, loss: Tensor) -> None:
         """Let the next step learn its hyperparameters from this loss, on held-out data for example, instead of the training loss.
 
@@ -127,10 +125,7 @@ class HyperOptimizer(Optimizer):
         >>> bool(optimizer.hyperparameters()["0.decay"] < 0.98)  # on the way down the latest weights are the best
         True
         """
-        groups = self._groups()
-        grads = held_out.gradients(loss, [p for group in groups for p in group.params], self.tower)
-        for group in groups:
-            held_out.keep(group, grads, group.rule.average or "x" if self._averaged else "x")
+        held_out.learn(loss, self._groups(), averaged=self._averaged)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -142,9 +137,9 @@ class HyperOptimizer(Optimizer):
         Raises:
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
-        found = [(local(p), group.average(p)) for group in self._groups() for p in group.params] if not self._averaged else []
-        pairs = [(p, average) for p, average in found if average is not None]
-        if self._averaged or not pairs:
+        groups = [] if self._averaged else self._groups()
+        pairs = [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
+        if not pairs:
             yield
             return
         kept = [p.detach().clone() for p, _ in pairs]
@@ -213,23 +208,22 @@ class HyperOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_saves()
-        kept = {name: getattr(self, name) for name in ("tower", "compile", "hyper_every", "driven")}
-        return {**super().__getstate__(), **kept}
+        return super().__getstate__() | {n: getattr(self, n) for n in ("tower", "compile", "hyper_every", "schedule", "driven")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._bound, self._averaged = [], False
+        super().__setstate__(state | {"_bound": [], "_averaged": False})
 
     def __repr__(self) -> str:
         tensors = sum(len(group["params"]) for group in self.param_groups)
         head = f"HyperOptimizer({self.tower}, {tensors} tensors in {len(self.param_groups)} groups)"
         return "\n".join([head, *(line for group in self.param_groups for line in roles.shown(group, self.tower.rule.parts))])
 
+    @UNTRACED
     def _groups(self) -> list[Group]:
-        tower, state, compile = self.tower, self.state, self.compile
+        tower, state, how = self.tower, self.state, {"compile": self.compile, "schedule": self.schedule}
         if len(self._bound) != len(self.param_groups):
-            self._bound = [Group(tower, group, state, compile=compile) for group in self.param_groups]
-        self._bound = [b.current(tower, group, state, compile=compile) for b, group in zip(self._bound, self.param_groups, strict=True)]
+            self._bound = [Group(tower, group, state, **how) for group in self.param_groups]
+        self._bound = [bound.current(tower, group, state, **how) for bound, group in zip(self._bound, self.param_groups, strict=True)]
         return self._bound
 
     def _check_outside(self, what: str) -> None:

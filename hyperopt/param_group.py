@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEVEL = ("learn", "horizon", "trust", "domains", "per", "strategy", "maximize", "tower", "learning_rate", "decoupled_weight_decay")
 
 
-def check_arguments(params: Any, compile: Any, hyper_every: Any) -> None:
+def check_arguments(params: Any, compile: Any, hyper_every: Any, schedule: Any) -> None:
     """Raise for what `bind` cannot take."""
     is_module, missing = isinstance(params, torch.nn.Module), params is None  # missing where a live optimizer has them
     if isinstance(params, (str, Mapping)) or not (is_module or missing or (isinstance(params, Iterable) and not callable(params))):
@@ -28,8 +28,9 @@ def check_arguments(params: Any, compile: Any, hyper_every: Any) -> None:
         raise TypeError(f"params must be a module or parameters, got {type(params).__name__}: pass model.parameters(){groups}")
     if isinstance(hyper_every, bool) or not isinstance(hyper_every, int) or hyper_every < 1:
         raise ValueError(f"hyper_every = {hyper_every!r} must be a whole number of steps, at least 1")
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile must be True or False, got {compile!r}")
+    for name, value in (("compile", compile), ("schedule", schedule)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
@@ -94,6 +95,19 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors, {names}")
 
 
+def check_scheduler(spec: Level, schedule: bool) -> None:
+    """Raise for a scheduler that would assign one number to an lr that has several."""
+    if spec.per != "group" and "lr" in spec.learning and not schedule:
+        remedy = "bind(…, schedule=True) scales them all"
+        raise ValueError(f"a scheduler sets one lr for a group, and per={spec.per!r} learns several: {remedy}")
+
+
+def sizes(spec: Level, params: Sequence[Tensor]) -> dict[str, int | None]:
+    """How many values each hyperparameter of level 0 has; None for one."""
+    several = None if spec.per == "group" else len(params) if spec.per == "tensor" else sum(p.numel() for p in params)
+    return {name: several if name in spec.learning else None for name in spec.rule.declared()}
+
+
 def check_step(
     group: Mapping[str, Any], spec: Level, sizes: Mapping[str, int | None], project: Any, said: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
@@ -102,7 +116,7 @@ def check_step(
     Args:
         group: the parameter group.
         spec: its tower.
-        sizes: how many values each hyperparameter has; None for one.
+        sizes: how many values each entry has; None for one.
         project: the set that it was bound with.
         said: the entries that say which tensor is what, as they were then.
         dtype: of its hyperparameters.

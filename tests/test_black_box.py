@@ -345,3 +345,17 @@ def test_a_group_cannot_be_added_later():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert differences(before, snapshot(model, optimizer)) == []
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused_where_lr_is_learned_and_changes_nothing(dtype):
+    """Most displacements at lr = 1e-3 are below the resolution of a bfloat16 weight of 0.5, which is 2e-3."""
+    other = live("mine", net(dtype), 1e-5)
+    kept = copy.deepcopy(other.state_dict())
+    message = (
+        f"Mine has parameters in {str(dtype)[6:]}, .* keep the parameters in float32 and compute in {str(dtype)[6:]} under torch.autocast"
+    )
+    with pytest.raises(TypeError, match=message):
+        Hyper(other).stack(Adam).bind()
+    assert differences(other.state_dict(), kept) == []
+    Hyper(other).bind()  # a held lr: the displacements are the other optimizer's own

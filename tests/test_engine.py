@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -369,3 +371,48 @@ def test_without_a_compiler_it_goes_on_eagerly_after_one_warning(monkeypatch, tm
     ours = [str(w.message) for w in caught if "this optimizer goes on without it" in str(w.message)]
     assert len(ours) == 1
     torch.testing.assert_close(a, b)  # to rounding: alone the eager one has Adam's direction from a kernel of torch's own
+
+
+@pytest.mark.usefixtures("graphs", "operations_of_torch")
+def test_other_tensors_with_a_gradient_in_every_step_compile_a_few_times():
+    """As in a mixture of experts: of six, two take part in a step, which is 15 sets."""
+    runs = []
+    for compile in (False, True):
+        params = [nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(i))) for i in range(6)]
+        optimizer = Hyper(ScheduleFree(Adam), lr=0.01).stack(Adam).bind(params, compile=compile)
+        generator = torch.Generator().manual_seed(0)
+        for at in range(80):
+            chosen = torch.randperm(6, generator=generator)[:2].tolist()
+            for i, p in enumerate(params):
+                p.grad = torch.randn(3, 4, generator=generator) if i in chosen or at < 2 else None
+            optimizer.step()
+        runs.append((params, optimizer))
+    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-4, atol=1e-6)
+    runner = runs[1][1]._groups()[0]._step
+    pieces = [key for key, _ in runner.compiled.fused if key[0] == "whole"]
+    stages = {key[0] for key, _ in runner.compiled.fused if key[0] != "whole"}
+    assert len(pieces) == 3
+    assert 1 <= len(stages) <= 3
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("tower", [Hyper(Adam).stack(Adam), Hyper(ScheduleFree(Adam), learn=("lr", "beta1")).stack(Adam)], ids=str)
+def test_an_optimizer_is_freed_without_a_garbage_collection(tower, compile):
+    gc.collect()
+    gc.disable()
+    try:
+        params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))]
+        optimizer = tower.bind(params, compile=compile)
+        for _ in range(6):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        group = optimizer._groups()[0]
+        assert not compile or group._step.compiled.fused
+        held = optimizer, group, group.root, group.body, group.buffers[0], *group.buffers[0].state.values()
+        found = [weakref.ref(each) for each in held]
+        del optimizer, group, held, p
+        assert [each() for each in found] == [None] * len(found)
+    finally:
+        gc.enable()

@@ -254,13 +254,13 @@ def test_the_training_weights_come_back_after_an_error_in_lightning(tmp_path):
 # ---- Hugging Face
 
 
-def trainer_for(folder, model=None, callbacks=None, scheduler=LearnedLR, rows=None, datasets=None, **options):
+def trainer_for(folder, model=None, callbacks=None, scheduler=LearnedLR, rows=None, datasets=None, schedule=False, **options):
     from transformers import Trainer, TrainingArguments
 
     from hyperopt.integrations.transformers import AveragedWeights
 
     model = model or Net()
-    optimizer = TOWER.bind(model.parameters())
+    optimizer = TOWER.bind(model.parameters(), schedule=schedule)
     seen = []
 
     class Seeing(Trainer):
@@ -368,6 +368,14 @@ def test_a_scheduler_that_would_stop_learning_is_named(tmp_path):
     trainer, *_ = trainer_for(tmp_path, scheduler=None, lr_scheduler_type="constant")
     with pytest.raises(ValueError, match=r"assigns lr before every step.*LearnedLR\(optimizer\)"):
         trainer.train()
+
+
+@needs("transformers", "accelerate")
+def test_the_trainers_own_schedule_scales_a_tower_that_is_bound_for_it(tmp_path):
+    trainer, _, optimizer, _ = trainer_for(tmp_path, scheduler=None, schedule=True)  # the default schedule: linear, to 0
+    trainer.train()
+    assert float(optimizer.param_groups[0]["lr"]) == 0
+    assert float(optimizer.hyperparameters()["0.lr"]) > 0
 
 
 @needs("transformers", "accelerate")

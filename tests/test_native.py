@@ -171,7 +171,7 @@ def test_a_scheduler_and_changing_sets_of_gradients_compile_a_few_times():
         schedule.step()
     group = optimizer._groups()[0]
     assert len(group.body.kept) <= 8
-    assert 3 <= len(group._step.compiled.fused) <= 6  # one for each number of parameters
+    assert len(group._step.compiled.fused) == 3  # for the first numbers of parameters
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -74,7 +74,8 @@ CASES = [
 
 
 def name(case: Case) -> str:
-    return f"{case.direction}-{case.rule.replace(', ', '-').replace(' ', '-')}-{'decay' if case.decay else 'still'}-{'learned' if case.learned else 'fixed'}"
+    rule = case.rule.replace(",", "").replace(" ", "-")
+    return f"{case.direction}-{rule}-{'decay' if case.decay else 'still'}-{'learned' if case.learned else 'fixed'}"
 
 
 def unaligned(size: int) -> Tensor:

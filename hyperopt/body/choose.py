@@ -89,7 +89,9 @@ class Runner:
     """Runs the steps of a tower that is compiled: in one piece or stage by stage once they have settled.
 
     Tangents appear step by step, as a level takes part once the one below has a hypergradient. Each change of structure would be compiled
-    for nothing: a step is compiled when one of its kind has added nothing.
+    for nothing: a step is compiled when one of its kind has added nothing. Code for a step in one piece fits one set of buffers, and stages
+    fit all sets with as many elements in as many buffers. Where other tensors have a gradient in every step, as in a mixture of
+    experts, there are hundreds of sets, each of which would be compiled for seconds: only the first few are.
 
     Args:
         step: of level 0.
@@ -97,32 +99,45 @@ class Runner:
         tangents: counts the tangents that there are at all levels.
     """
 
+    SETS = 3  # of tensors with a gradient, for which steps are compiled in one piece; and stage by stage
+
     def __init__(self, step: Callable[..., None], body: Eager, tangents: Callable[[], int]) -> None:
         self.step, self.body, self.tangents = step, body, tangents
         self.compiled = Compiled()
         self.settled: dict[Any, int] = {}  # kinds of steps that add no tangents where there are this many
+        self.sets: dict[Any, set[Any]] = {}  # for each way to step, the sets that are compiled
 
     def __call__(self, gs: list[Tensor], ok: Tensor, q: Raw | None, learn: bool) -> None:
         """Take a step."""
         buffers = self.body.buffers
         numel = sum(buffer.numel for buffer in buffers)
         native = not gs
+        way, sizes = (self.body.kind(), self.body.hypers.watched, learn, q is None), (len(buffers), numel)
+        kinds = [(WHOLE if native else STAGES, way, sizes)]
         # What ranks tell each other is not compiled, and stands between stages.
-        whole = native or (len(buffers) <= PIECES and numel <= CAPACITY and not self.body.ranks)
-        kind = self.body.kind(), self.body.hypers.watched, learn, q is None, len(buffers), numel
-        if whole and not native:
-            kind = *kind, *(_memory(buffer, g) for buffer, g in zip(buffers, gs, strict=True))
+        if not native and len(buffers) <= PIECES and numel <= CAPACITY and not self.body.ranks:
+            memory = (_memory(buffer, g) for buffer, g in zip(buffers, gs, strict=True))
+            kinds.insert(0, (WHOLE, way, (*sizes, *memory)))
+        kind = next((kind for kind in kinds if self._admits(*kind)), None)
         before = self.tangents()
-        fused = self.settled.get(kind) == before
-        if fused and whole:
-            self.body.arrange(WHOLE)
-            self.compiled(kind, self.step, gs, ok, q, learn)
-            return
+        fused = kind is not None and self.settled.get(kind) == before
+        if kind is not None and fused:
+            mode, way, which = kind
+            self.sets.setdefault((mode, way), set()).add(which)
+            if mode == WHOLE:
+                self.body.arrange(WHOLE)
+                self.compiled(kind, self.step, gs, ok, q, learn)
+                return
         self.body.arrange(*((STAGES, partial(self.compiled.stage, kind)) if fused else (EAGER, call)))
         self.step(gs, ok, q, learn)
         after = self.tangents()
-        if after == before:
+        if kind is not None and after == before:
             self.settled[kind] = after
+
+    def _admits(self, mode: str, way: Any, which: Any) -> bool:
+        """Whether steps of this kind are compiled, or may still be."""
+        known = self.sets.get((mode, way), set())
+        return which in known or len(known) < self.SETS
 
 
 def _memory(buffer: Buffer, g: Tensor) -> Any:

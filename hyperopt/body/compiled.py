@@ -1,5 +1,6 @@
 """torch.compile without its guards: compiled code is found by a key that says everything that can change."""
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
@@ -54,6 +55,8 @@ class Compiled:
             with self.config.patch(automatic_dynamic_shapes=False):
                 found = fused(*args)
             self.fused[key] = fused
+            # What Dynamo leaves behind is cycles that hold the optimizer's state, which may be gigabytes, until Python looks for cycles.
+            gc.collect()
             return found
         except self.errors as error:
             # Compilation fails before anything has run, so the step can be taken again.

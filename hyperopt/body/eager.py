@@ -239,7 +239,7 @@ class Eager:
         plain = not block.buffer.positions and t.dtype == known.dtype and t.device == known.device
         h = self.hypers.values(r, None if plain else block.spread)
         if self.total is not None:  # finite, since a step that does not count is written with weight 0
-            h.total = self.total.nan_to_num(0.0, 0.0, 0.0).to(t)
+            vars(h)["total"] = self.total.nan_to_num(0.0, 0.0, 0.0).to(t)
         return h
 
     def steps(self) -> Tensor:

@@ -37,10 +37,11 @@ class AveragedWeights(TrainerCallback):  # pyright: ignore[reportGeneralTypeIssu
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])
-        if "lr" in unwrapped(kwargs["optimizer"]).tower.learning and isinstance(scheduler, LambdaLR):
+        optimizer = unwrapped(kwargs["optimizer"])
+        if "lr" in optimizer.tower.learning and not optimizer.schedule and isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"lr_scheduler_type={str(args.lr_scheduler_type)!r} assigns lr before every step, so that it is not learned: "
-                "Trainer(…, optimizers=(optimizer, LearnedLR(optimizer)))"
+                "Trainer(…, optimizers=(optimizer, LearnedLR(optimizer))), or bind(…, schedule=True) to let it scale the learned lr"
             )
         self._averages.resume(None if state.global_step else kwargs["model"])
 

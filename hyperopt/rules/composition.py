@@ -33,7 +33,9 @@ def compose(
     taken = set(inherited) - {f.name for f in dataclasses.fields(plain)}
     namespace |= {name: getattr(plain, name) for name in taken if hasattr(plain, name)}
     name = f"{word}({getattr(base, '__name__', type(plain).__name__)})"
-    return dataclasses.make_dataclass(name, [*fields, *((field, float, value) for field, value in also.items())], bases=(kind,), frozen=True, namespace=namespace)
+    return dataclasses.make_dataclass(
+        name, [*fields, *((field, float, value) for field, value in also.items())], bases=(kind,), frozen=True, namespace=namespace
+    )
 
 
 class Composed(Rule):

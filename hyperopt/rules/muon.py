@@ -2,7 +2,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, baddbmm, cat, expm1, finfo, lerp
+from torch import Tensor, baddbmm, cat, expm1, eye, finfo, lerp
 
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
@@ -28,11 +28,13 @@ class Muon(Rule, metaclass=Splits):
 
     U·Vᵀ is approximated by `ns_steps` steps of X ← a·X + b·(XXᵀ)X + c·(XXᵀ)²X from n/‖n‖. With Jordan's a, b, c, singular values end
     between .68 and 1.21, and not at 1, and those below two thousandths of the norm of n may stay smaller. The entries of a step have a
-    root mean square of about .2·lr, which is that of Adam's steps, so that both can share one lr. These steps are as large for a gradient
-    that has all but vanished as for any other, while Adam's shrink as gradients fall below their mean. With norm_decays = (a, b) Muon's do too. For
-    each tensor they are as large as the norm of its last few gradients is beside that of many:
+    root mean square of about .2·lr, which is that of Adam's steps, so that both can share one lr.
 
-        u = a·u + (1 − a)·‖n‖²,  v = b·v + (1 − b)·‖n‖²;  the step is √(û / v̂) times as large, û = u / (1 − a^t), v̂ = v / (1 − b^t)
+    These steps are as large for a gradient that has all but vanished as for any other, while Adam's shrink with it. With norm_decays =
+    (a, b) Muon's do too: for each tensor they are as large as the norm of its last few gradients is beside that of many.
+
+        u = a·u + (1 − a)·‖n‖²,   û = u / (1 − a^t)
+        v = b·v + (1 − b)·‖n‖²,   v̂ = v / (1 − b^t)         the step is √(û / v̂) times as large
 
     A convolution filter is the matrix (out, in·k²). A vector is a matrix with one column: its step is along its gradient, normalised. A
     tensor may hold several matrices, one below the other: a parameter group's entry `blocks` says how many, for all tensors or each, and
@@ -85,7 +87,8 @@ class Muon(Rule, metaclass=Splits):
             if not (value is None and name == "rows") and (type(value) is not int or value < 1):
                 raise ValueError(f"Muon({name}={value!r}) must be a whole number, at least 1")
         decays = self.norm_decays
-        if decays is not None and not (isinstance(decays, tuple) and len(decays) == 2 and all(type(d) is float and 0 < d < 1 for d in decays)):
+        pair = isinstance(decays, tuple) and len(decays) == 2 and all(type(d) is float and 0 < d < 1 for d in decays)
+        if decays is not None and not pair:
             raise ValueError(f"Muon(norm_decays={decays!r}) must be None or two floats between 0 and 1, such as (0.9, 0.999)")
         numbers = self.ns_coefficients
         if not isinstance(numbers, tuple) or [type(c) for c in numbers] != [float] * 3:
@@ -135,9 +138,20 @@ class Muon(Rule, metaclass=Splits):
 def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ of a batch, approximately; 0 for a matrix of zeros."""
     a, b, c = coefficients
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
     x = x / root((x * x).sum((1, 2), keepdim=True)).clamp_min(EPS)
+    gram = x @ x.mT
+    if x.shape[2] < 2 * x.shape[1]:
+        for step in range(steps):
+            gram = x @ x.mT if step else gram
+            x = baddbmm(x, baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+    # A wide matrix is read twice and not in every step: x·xᵀ is followed instead, and so is the matrix that all steps multiply x with.
+    product = None
     for _ in range(steps):
-        gram = x @ x.mT
-        x = baddbmm(x, baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+        power = a * eye(gram.shape[1], dtype=x.dtype, device=x.device) + baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = power @ gram @ power
+        product = power if product is None else power @ product
+    x = x if product is None else product @ x
+    return x.mT if tall else x

@@ -120,7 +120,7 @@ class Hyper(Level):
         below.check_learned(below.learned)
         return below.under({names: _upper(node, names) for names, node in nodes.items()})
 
-    def bind(self, params: Any = None, *, compile: bool = False, hyper_every: int = 1) -> HyperOptimizer:
+    def bind(self, params: Any = None, *, compile: bool = False, hyper_every: int = 1, schedule: bool = False) -> HyperOptimizer:
         """Make the optimizer of this tower, a `torch.optim.Optimizer` over `params`.
 
         Args:
@@ -128,11 +128,15 @@ class Hyper(Level):
                 or beside another rule, reads from a module which of its tensors are matrices. None for a tower made from a live optimizer.
             compile: fuse each step with torch.compile; on a CPU the most common step runs in hand-written C++. Default: False.
             hyper_every: step the levels above level 0 on every k-th step only. Default: 1.
+            schedule: `param_groups[…]["lr"]` belongs to a scheduler, which scales the learned lr: a step is taken at what stands there
+                times the learned lr, relative to the lr that the group was bound with. Without it, what is written there replaces the
+                learned lr. A held lr is not affected. Default: False.
 
         Raises:
             ValueError: no parameters, a parameter given twice, a value outside its domain, an unknown name in a group, a tower of a
                 height above 200 or more than 10,000 levels.
-            TypeError: no params, or params for a tower made from a live optimizer, which has its own.
+            TypeError: no params, or params for a tower made from a live optimizer, which has its own; such an optimizer without a rule
+                here, of which lr is learned, over parameters in half precision.
 
         >>> import torch
         >>> from hyperopt import Adam, Hyper
@@ -150,7 +154,7 @@ class Hyper(Level):
         if (params is None) == (self.source is None):
             remedy = "pass model.parameters()" if params is None else "call bind() without params, it has its own"
             raise TypeError(f"bind() needs the parameters from one place: {remedy}")
-        return HyperOptimizer(self, params, compile=compile, hyper_every=hyper_every)
+        return HyperOptimizer(self, params, compile=compile, hyper_every=hyper_every, schedule=schedule)
 
     @classmethod
     def parse(cls, source: str) -> "Hyper":
