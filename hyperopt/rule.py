@@ -94,7 +94,7 @@ class Rule(ABC):
     # What lr moves: x, or the state of this name; x is then lerp(state[moved], state[average], state["mix"]) with a number "mix".
     moved: ClassVar[str] = "x"
     average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
-    through: ClassVar[float] = 1.0  # the share of the average in the hypergradient of a step; the rest is that of `moved`
+    through = 1.0  # the share of the average in the hypergradient of a step; no annotation, since ScheduleFree has a field of this name
     parts: ClassVar[tuple[str, ...]] = ()  # the names of the directions, where there are two (Muon | Adam)
     role: ClassVar[Role] = Role()  # of the tensors that it is to step
 

@@ -175,6 +175,30 @@ def test_rows_leave_alone_what_is_cheap():
         assert torch.equal(Muon(momentum=0.0, rows=3).direction(g, {}, None, None)[0], Muon(momentum=0.0).direction(g, {}, None, None)[0])
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("shape", [(6, 13), (13, 6), (6, 7), (1, 9), (9, 1)])
+def test_wide_matrices_take_the_same_steps_by_another_way(shape, steps):
+    a, b, c = Muon().ns_coefficients
+    g = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = g / g.flatten(1).norm(dim=1)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    torch.testing.assert_close(newton_schulz(g, (a, b, c), steps), x, rtol=1e-9, atol=1e-12)
+
+
+def test_steps_follow_the_norm_of_gradients():
+    rule, plain = Muon(momentum=0.0, norm_decays=(0.5, 0.9)), Muon(momentum=0.0)
+    state, now, mean = rule.init(torch.zeros(4, 6, dtype=torch.float64)), 0.0, 0.0
+    for t, size in enumerate((1.0, 3.0, 0.2, 0.0, 1e-3), 1):
+        g = size * torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        now, mean = 0.5 * now + 0.5 * float(g.norm()) ** 2, 0.9 * mean + 0.1 * float(g.norm()) ** 2
+        d, state = rule.direction(g, state, None, torch.tensor(float(t), dtype=torch.float64))
+        factor = (now / (1 - 0.5**t) / (mean / (1 - 0.9**t))) ** 0.5
+        torch.testing.assert_close(d, factor * plain.direction(g, {}, None, None)[0], rtol=1e-9, atol=1e-12)
+    assert factor < 0.7, "the last gradients are small beside the mean, and steps are not"
+
+
 def test_a_vector_is_one_column_and_a_tiny_gradient_makes_a_small_step():
     rule = Muon(momentum=0.0, adjust_lr_fn="original")
     g = torch.randn(9, dtype=torch.float64)
@@ -385,7 +409,11 @@ def test_a_value_each_tensor_moves_it_alone():
 
 
 # With its usual eps Adam makes steps of what is 0 but for rounding, such as the gradient of the bias of keys.
-TOWERS = ["ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001) / Adam", "(Muon | Adam)(lr=0.01, eps=0.001, learn=(lr, momentum)) / Adam"]
+TOWERS = [
+    "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001) / Adam",
+    "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, norm_decays=(0.9, 0.99), forget=0.2, through=0.8) / Adam",
+    "(Muon | Adam)(lr=0.01, eps=0.001, learn=(lr, momentum)) / Adam",
+]
 
 
 @pytest.mark.parametrize("text", [*TOWERS, "Averaged(Muon)(lr=0.01) / Adam"])
@@ -408,7 +436,7 @@ def test_compiled_is_eager(way, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", [TOWERS[0], "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.1) / Adam", "(Muon | Adam)(eps=0.001, lr=0.01)"]
+    "text", [*TOWERS[:2], "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.1) / Adam", "(Muon | Adam)(eps=0.001, lr=0.01)"]
 )
 def test_native_passes_make_adams_directions_and_are_given_muons(text):
     from hyperopt.body.functions import installed
@@ -500,6 +528,7 @@ def test_no_first_moment_inside_a_schedule_free_one():
         "(Muon | Adam)",
         "(Muon | Adam)(lr=0.01, momentum=0.5, rows=256, learn=(lr, beta2)) / Adam",
         "ScheduleFree(Muon | Adam)(ns_steps=6, rows=128) / Adam",
+        "ScheduleFree(Muon | Adam)(norm_decays=(0.9, 0.99), forget=0.05, through=0.99) / Adam",
         "Averaged(Muon | AdamW)(decay=0.5) / SGD",
         "ScheduleFree(Muon) / Adam",
         "Muon(nesterov=False, adjust_lr_fn=original, ns_coefficients=(2.0, -1.5, 0.5)) / (Muon | Lion)",
@@ -547,6 +576,8 @@ def test_text_that_is_no_pair_is_refused(text, message):
         (lambda: Muon(ns_steps=0), ValueError, "at least 1"),
         (lambda: Muon(rows=0), ValueError, "at least 1"),
         (lambda: Hyper(Muon, rows=2.5), ValueError, "at least 1"),
+        (lambda: Muon(norm_decays=(0.9, 1.0)), ValueError, "two floats between 0 and 1"),
+        (lambda: Muon(norm_decays=0.9), ValueError, "two floats between 0 and 1"),
         (lambda: Muon(ns_coefficients=(1.0, 2.0)), ValueError, "must be three floats"),
         (lambda: Hyper(Muon, learn="momentum", per="coordinate"), ValueError, "cannot learn momentum of Muon, which couples coordinates"),
     ],

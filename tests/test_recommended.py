@@ -1,13 +1,15 @@
 """The optimizer in one call is the tower that it says it is, with every value a user may give."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from small import net, train
+from small import loss_at, net, train
 
-from hyperopt import Adam, Hyper, ScheduleFree, auto
+from hyperopt import Adam, Hyper, Muon, ScheduleFree, auto
 
-N = sum(p.numel() for p in net().parameters())
-EPS, EPS_OF_TWO = (float(f"{0.05 / (k * N) ** 0.5:.1e}") for k in (1, 2))  # a twentieth of 1/√n, to two digits
+STEPS = 20
 
 
 @pytest.mark.parametrize("lr", [None, 1e-6])
@@ -15,15 +17,15 @@ EPS, EPS_OF_TWO = (float(f"{0.05 / (k * N) ** 0.5:.1e}") for k in (1, 2))  # a t
 def test_it_trains_as_the_tower_does(given, lr):
     model, twin = net(), net()
     ways = {
-        "module": model,
-        "parameters": model.parameters(),
-        "named": model.named_parameters(),
-        "groups": [{"params": model.parameters()}],
+        "module": lambda m: m,
+        "parameters": lambda m: m.parameters(),
+        "named": lambda m: m.named_parameters(),
+        "groups": lambda m: [{"params": m.parameters()}],
     }
-    params = ways[given]
     values = {} if lr is None else {"lr": lr}
-    optimizer = auto(params, lr=lr)
-    other = Hyper(ScheduleFree(Adam), eps=EPS, **values).stack(Adam).bind(twin.parameters())
+    optimizer = auto(ways[given](model), lr=lr)
+    rule = ScheduleFree(Muon | Adam)(rows=16, norm_decays=(0.9, 0.999), forget=0.05, through=0.99, eps=1e-15)
+    other = Hyper(rule, **values).stack(Adam, eps=1e-15).bind(ways[given](twin))
     train(model, optimizer, range(8))
     train(twin, other, range(8))
     assert float(optimizer.hyperparameters()["0.lr"]) != (lr or 1e-3)
@@ -35,19 +37,83 @@ def test_it_trains_as_the_tower_does(given, lr):
 def test_a_group_keeps_its_own_values():
     first, last = net().parameters(), net().parameters()
     optimizer = auto([{"params": first, "eps": 1e-3, "lr": 0.01}, {"params": last}])
-    assert [float(f"{float(group[name]):.3g}") for group in optimizer.param_groups for name in ("eps", "lr")] == [
-        1e-3,
-        0.01,
-        EPS_OF_TWO,
-        1e-3,
-    ]
+    found = [float(f"{float(group[name]):.3g}") for group in optimizer.param_groups for name in ("eps", "lr")]
+    assert found == [1e-3, 0.01, 1e-15, 1e-3]
 
 
-def test_weights_that_are_frozen_do_not_count():
-    model, trained = net(), net()
-    model[0].requires_grad_(False)
-    given = float(auto(model).param_groups[0]["eps"])
-    assert given == float(auto(trained[2:]).param_groups[0]["eps"]) != float(auto(trained).param_groups[0]["eps"])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_the_scale_of_the_loss_is_no_matter(scale):
+    model, twin = net(), net()
+    optimizer, other = auto(model, lr=1e-5), auto(twin, lr=1e-5)
+    for step in range(40):
+        for m, o, factor in ((model, optimizer, 1.0), (twin, other, scale)):
+            o.zero_grad()
+            (factor * loss_at(m, step)).backward()
+            o.step()
+    lrs = [float(o.hyperparameters()["0.lr"]) for o in (optimizer, other)]
+    assert lrs[0] > 1e-3, "lr was not learned: the comparison says nothing"
+    assert lrs[1] == pytest.approx(lrs[0], rel=1e-2)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+# ---- a known number of steps
+
+
+def test_after_the_last_step_the_weights_are_those_to_evaluate_with():
+    model = net()
+    optimizer = auto(model, steps=STEPS)
+    for step in range(STEPS):
+        before = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, [step])
+        with optimizer.averaged():
+            averages = [p.detach().clone() for p in model.parameters()]
+        same = all(torch.allclose(p, a, rtol=1e-6, atol=1e-7) for p, a in zip(model.parameters(), averages, strict=True))
+        assert same == (step >= 18 or step == 0), f"step {step}"  # 90 % of 20, and the first step, after which there is one point
+    moved = max((p - b).abs().max() for p, b in zip(model.parameters(), before, strict=True))
+    assert moved > 0
+    train(model, optimizer, range(3))  # later steps have lr = 0
+    assert all(torch.allclose(p, a, rtol=1e-6, atol=1e-7) for p, a in zip(model.parameters(), averages, strict=True))
+
+
+def test_the_learned_lr_is_scaled_to_0_over_the_last_steps():
+    model, twin = net(), net()
+    optimizer, other = auto(model, steps=STEPS), auto(twin)
+    for step in range(STEPS):
+        train(model, optimizer, [step])
+        train(twin, other, [step])
+        ratio = float(optimizer.hyperparameters()["0.lr"] / other.hyperparameters()["0.lr"])
+        if step <= 14:
+            assert ratio == pytest.approx(1, rel=1e-5)
+        elif step == 15:  # lr is still learned alike
+            assert ratio == pytest.approx((1 - 15 / STEPS) / 0.3, rel=1e-4)
+    assert ratio < 0.3
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "copy", "pickle"])
+def test_a_run_of_known_length_goes_on_bit_for_bit(way):
+    model = net()
+    optimizer = auto(model, steps=STEPS)
+    train(model, optimizer, range(17))
+    if way == "checkpoint":
+        twin = copy.deepcopy(model)
+        other = auto(twin, steps=STEPS)
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        both = (model, optimizer)
+        twin, other = copy.deepcopy(both) if way == "copy" else pickle.loads(pickle.dumps(both))
+    train(model, optimizer, range(17, STEPS))
+    train(twin, other, range(17, STEPS))
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "many"])
+def test_a_number_of_steps_that_is_none_is_refused(steps):
+    with pytest.raises(ValueError, match="must be the number of all steps"):
+        auto(net(), steps=steps)
+
+
+# ---- arguments
 
 
 def test_what_was_given_is_left_as_it_was(monkeypatch):
