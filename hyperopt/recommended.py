@@ -51,9 +51,10 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False, s
 
     >>> import hyperopt, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-    >>> print(*str(hyperopt.auto(model)).splitlines()[1:], sep="\n")
-        Muon: 0.weight
-        Adam: 0.bias, 2.weight, 2.bias
+    >>> for line in str(hyperopt.auto(model)).splitlines()[1:]:
+    ...     print(line.strip())
+    Muon: 0.weight
+    Adam: 0.bias, 2.weight, 2.bias
     """
     if lr == 0:
         raise ValueError("lr = 0 is on the boundary of its domain and cannot be learned: give a number above 0, or leave it out for 1e-3")
