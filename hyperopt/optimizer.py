@@ -235,6 +235,7 @@ class HyperOptimizer(Optimizer):
         if any(not group.tree.saves() for group in self._groups()):
             raise RuntimeError("strategy='graph' holds an autograd graph, which cannot be saved: strategy='tangents' computes the same")
 
+    @UNTRACED
     def _named(self, of: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
         groups, out = self._bound or self._groups(), {}  # what was replaced since is the next step's business
         for i, group in enumerate(groups):

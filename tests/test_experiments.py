@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from experiments import data, mnist, models, robustness, store
 from experiments.workloads import WORKLOADS
-from hyperopt import HyperOptimizer
+from hyperopt import HyperOptimizer, driven
 from hyperopt.record import read_csv
 
 EPOCHS, STEPS = 4, 4 * 6  # 1,438 digits in batches of 256
@@ -503,14 +503,14 @@ def interrupted(monkeypatch, after):
     """Ctrl-C in a step of `experiments.mnist`."""
     calls = []
 
-    def step(self, *arguments):
+    def step(*arguments):
         calls.append(1)
         if len(calls) == after + 1:
             raise KeyboardInterrupt
-        return kept(self, *arguments)
+        return kept(*arguments)
 
-    kept = HyperOptimizer._step  # torch wraps `step`
-    monkeypatch.setattr(HyperOptimizer, "_step", step)
+    kept = driven.step  # torch wraps the optimizer's own
+    monkeypatch.setattr(driven, "step", step)
 
 
 @pytest.mark.parametrize(("after", "names", "count"), [(8, ["tower"], 8), (STEPS + 1, ["tower", "initial"], 1), (STEPS, ["tower"], None)])
