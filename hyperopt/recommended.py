@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .optimizer import UNTRACED, HyperOptimizer
+from .roles import group_of
 from .rules import Adam, Muon, ScheduleFree
 from .spec.tower import Hyper
 
@@ -31,9 +32,9 @@ DESCENT, ARRIVAL = 0.3, (0.8, 0.9)
 def auto(model_or_params: Any, lr: float | None = None, compile: bool = False, steps: int | None = None) -> HyperOptimizer:
     """Make the recommended optimizer, which needs no tuning: the tower `ScheduleFree(Muon | Adam)(…) / Adam`, bound.
 
-    Hidden matrices take orthogonalised steps and everything else Adam's, with one learning rate, which is learned from any initial value.
-    Give the model itself: it says which of its tensors are hidden matrices. Of bare parameters those of two or more dimensions are taken
-    for such.
+    Hidden matrices take orthogonalised steps and everything else Adam's, filters of convolutions too, with one learning rate, which is
+    learned from any initial value. Give the model itself: it says which of its tensors are hidden matrices. Of bare parameters those of two
+    or more dimensions are taken for such.
 
     Averaging replaces a schedule. Evaluate inside `with optimizer.averaged():`, for a model with BatchNorm also inside
     `batch_statistics(model, batches)`. Neither is needed after exactly `steps` steps, if that number is given: over the last 30 % of them
@@ -59,13 +60,21 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False, s
     if lr == 0:
         raise ValueError("lr = 0 is on the boundary of its domain and cannot be learned: give a number above 0, or leave it out for 1e-3")
     tower = TOWER if lr is None else TOWER.replace(lr=lr)
+    params = _without_filters(model_or_params) if isinstance(model_or_params, torch.nn.Module) else model_or_params
     if steps is None:
-        return tower.bind(model_or_params, compile=compile)
+        return tower.bind(params, compile=compile)
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps = {steps!r} must be the number of all steps of a training, at least 1; leave it out where it is not known")
-    if model_or_params is None:
+    if params is None:
         tower.bind(None)  # raises
-    return Descending(tower, model_or_params, steps, compile=compile)
+    return Descending(tower, params, steps, compile=compile)
+
+
+def _without_filters(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The parameter group of a model whose matrices are served by Muon, and not its filters."""
+    group = group_of(model, TOWER.rule.parts, elementwise=False)
+    rules = ["Adam" if p.dim() > 2 else rule for (_, p), rule in zip(group["params"], group["rule"], strict=True)]
+    return [{**group, "rule": rules}]
 
 
 class Descending(HyperOptimizer):
