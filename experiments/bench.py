@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.optim import Adam as TorchAdam
 from tqdm import tqdm
 
-import hyperopt
 from experiments import cli, plots, provenance, store
 from experiments.workloads import WORKLOADS
 from hyperopt import Hyper
@@ -73,8 +72,6 @@ TRAININGS = {
     "LSTM 2×128, 32×64": "r12",
     "GPT 4×128, 32×128": "gpt",
 }
-AUTO = ("hyperopt.auto", "hyperopt.auto, compiled")
-AUTO_TRAININGS = TRAININGS | {"CNN, batch 128": "cnn"}
 HEIGHTS = (0, 1, 2, 3, 5, 10)
 COMPILE = {"65 tensors × 4,200": [4_200] * 65, "150 tensors, 50 of 300,000": [2_000] * 100 + [300_000] * 50}
 
@@ -141,8 +138,7 @@ def training_step(name: str, workload: str, device: str) -> Step:
 
     if name == "gdtuo":
         return ultimate(model, loss)
-    stepped = hyperopt.auto(model, compile="compiled" in name) if name in AUTO else optimizer(name, model.parameters())
-    at = 0
+    stepped, at = optimizer(name, model.parameters()), 0
 
     def step() -> None:
         nonlocal at
@@ -300,14 +296,6 @@ def part_trainings(device: str, blocks: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def part_auto(device: str, blocks: int, seconds: float) -> dict[str, Any]:
-    """The whole training step with `hyperopt.auto`."""
-    return {
-        title: interleaved(lambda name, w=workload: training_step(name, w, device), [REFERENCE, *AUTO], blocks, 2 * seconds, device)
-        for title, workload in tqdm(AUTO_TRAININGS.items(), desc="hyperopt.auto", unit="model", disable=None)
-    }
-
-
 def part_heights(device: str, blocks: int, seconds: float) -> dict[str, Any]:
     """The MLP's training step against the height of the tower."""
     names = [REFERENCE, *(f"height {h}{how}" for how in ("", ", compiled") for h in HEIGHTS)]
@@ -330,14 +318,7 @@ def part_compile(device: str, *_: Any) -> dict[str, Any]:
     }
 
 
-PARTS = {
-    "steps": part_steps,
-    "trainings": part_trainings,
-    "auto": part_auto,
-    "heights": part_heights,
-    "memory": part_memory,
-    "compile": part_compile,
-}
+PARTS = {"steps": part_steps, "trainings": part_trainings, "heights": part_heights, "memory": part_memory, "compile": part_compile}
 
 
 # ---- tables and figure
@@ -369,8 +350,6 @@ def table(result: dict[str, Any]) -> str:
         lines += ["By words moved (read or written, 7 for Adam) learning lr takes 11: a ratio of 1.57; with trust 14: 2.", ""]
     if "trainings" in result:
         ratios("Training step", result["trainings"], [n for n in EVERYTHING if "trust" not in n])
-    if "auto" in result:
-        ratios("Training step of hyperopt.auto", result["auto"], [REFERENCE, *AUTO])
     if "heights" in result:
         rows = result["heights"]
         columns = {
