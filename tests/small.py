@@ -1,10 +1,14 @@
 """What the tests of the torch.optim face share: a small model, data that depends on the step alone, snapshots and their comparison."""
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -52,3 +56,13 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}[{i}]")]
     return [] if type(a) is type(b) and a == b else [f"{path}: {a!r} != {b!r}"]
+
+
+def through_distributed(saved: tuple[Any, Any], loaded: tuple[Any, Any], folder: Path) -> None:
+    """Save a model and its optimizer by torch.distributed.checkpoint, and load them into another pair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for pair, move in ((saved, dcp.save), (loaded, dcp.load)):
+            entries: Any = dict(zip(("model", "optimizer"), get_state_dict(*pair), strict=True))
+            move(entries, checkpoint_id=folder)
+        set_state_dict(*loaded, model_state_dict=entries["model"], optim_state_dict=entries["optimizer"])

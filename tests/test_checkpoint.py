@@ -3,14 +3,11 @@
 import copy
 import io
 import random
-import warnings
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from small import differences, loss_at, train
+from small import differences, loss_at, through_distributed, train
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from hyperopt import SGD, Adam, Averaged, Box, Hyper, Muon, ScheduleFree
 
@@ -136,13 +133,7 @@ def test_a_distributed_checkpoint_goes_to_the_names(tower, tmp_path):
     model, optimizer = bound(tower, SAME)
     train(model, optimizer, range(5))
     fresh, again = bound(tower, SAME[::-1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for write in (True, False):
-            pair = (model, optimizer) if write else (fresh, again)
-            entries = dict(zip(("model", "optimizer"), get_state_dict(*pair), strict=True))
-            (dcp.save if write else dcp.load)(entries, checkpoint_id=tmp_path)
-        set_state_dict(fresh, again, model_state_dict=entries["model"], optim_state_dict=entries["optimizer"])
+    through_distributed((model, optimizer), (fresh, again), tmp_path)
     assert_goes_on(model, optimizer, fresh, again)
 
 

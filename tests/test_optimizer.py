@@ -4,15 +4,13 @@ import copy
 import io
 import itertools
 import pickle
-import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from small import backward, differences, loss_at, net, snapshot, train
+from small import backward, differences, loss_at, net, snapshot, through_distributed, train
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 
 from hyperopt import SGD, Adam, AdamW, Hyper, HyperOptimizer, Interval, Real, ScheduleFree
@@ -946,13 +944,7 @@ def test_a_distributed_checkpoint_goes_on_bit_for_bit(tower, assign, tmp_path):
         optimizer.param_groups[0][assign] = 0.02
         train(model, optimizer, range(5, 7))
     fresh, again = bound(tower)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for write in (True, False):
-            pair = (model, optimizer) if write else (fresh, again)
-            entries = dict(zip(("model", "optimizer"), get_state_dict(*pair), strict=True))
-            (dcp.save if write else dcp.load)(entries, checkpoint_id=tmp_path)
-        set_state_dict(fresh, again, model_state_dict=entries["model"], optim_state_dict=entries["optimizer"])
+    through_distributed((model, optimizer), (fresh, again), tmp_path)
     assert_goes_on(model, optimizer, fresh, again, range(7, 11))
 
 
