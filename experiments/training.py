@@ -239,7 +239,7 @@ def averaged(optimizers: Iterable[Optimizer]) -> Iterator[bool]:
         for optimizer in optimizers:
             if isinstance(optimizer, HyperOptimizer):
                 stack.enter_context(optimizer.averaged())
-                averages |= optimizer.tower.rule.average is not None
+                averages |= optimizer.tower.rule.averages
             elif switch_mode(optimizer, "eval"):
                 stack.callback(switch_mode, optimizer, "train")
                 averages = True

@@ -13,7 +13,7 @@ from .by_name import in_order
 from .damage import WRITTEN, check_nodes, check_states, check_values
 from .spec.level import Level
 
-FORMAT = 2  # of what a checkpoint holds
+FORMAT = 3  # of what a checkpoint holds
 
 
 def fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence[Any], driven: Optimizer | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .hyperparameter import Hyperparameter
 from .param_group import check_step, sizes
 from .rebuild import Origin
 from .roles import ENTRIES, Role, settle
-from .rule import Rule, recovered
+from .rule import Rule
 from .schedule import Overwritten, Schedule, expanded
 from .spec import text
 from .spec.level import Level
@@ -82,8 +82,7 @@ class Group:
         if self.scheduled:
             self.watch = Schedule(self.group, self.live["lr"], domain("lr"), self.sizes["lr"], rule)
             own["lr"] = self.watch.lr
-        self.places = values
-        self.versions = {name: value._version for name, value in self.live.items()}
+        self.places, self.versions = values, {name: value._version for name, value in self.live.items()}
         # A hyperparameter that is held at 0 from the start is left out of state and update; once it was used it stays in.
         zeros = self.tower.get("zeros", [name for name in self.names if name not in learned])
         self.zeros = self.tower["zeros"] = [name for name in zeros if not self.live[name].any()]
@@ -112,17 +111,11 @@ class Group:
     def _buffer(self, params: list[Tensor]) -> Buffer:
         positions = choose.spread(params, self.params, self.spec)
         share, rule = self.body.ranks.share(params[0]), self._serving(params[0])
-        return Buffer(params, [self.state[p] for p in params], rule, positions, derives=self._derives(), share=share)
+        return Buffer(params, [self.state[p] for p in params], rule, positions, share=share)
 
     def _serving(self, p: Tensor) -> Rule:
         """The rule as it steps one tensor, and those of the same role."""
         return self.rule.serving(self.roles[p]) if p in self.roles else self.rule
-
-    def _derives(self) -> bool:
-        """Whether the average of a rule is recomputed from what lr moves and the weights, which saves a copy of them."""
-        implied = self.rule.moved != "x" and self.rule.average is not None and "beta1" in self.live
-        known = implied and "beta1" not in (*self.spec.learning, *self.hypers.watched) and float(self.live["beta1"]) >= 0.5
-        return known and self.spec.project is None and all(p.dtype == torch.float32 for p in self.params)
 
     def _partition(self, buffers: list[Buffer]) -> None:
         # Kept with the state, as sums over other buffers would differ in the last bit.
@@ -214,12 +207,20 @@ class Group:
         for name, value in self.live.items():
             self.versions[name] = value._version
 
+    @torch.no_grad()
+    def follow_edits(self) -> None:
+        """Move the state along with weights that are often changed from outside."""
+        for buffer in self.buffers:
+            if buffer.edits is not None and buffer.edits.wanted():
+                buffer.gather()
+                buffer.edits.begin()
+
     def average(self, p: Tensor) -> Tensor | None:
         """The weights to evaluate a parameter with, where those are not its own."""
-        record, name = self.state.get(p, {}), self.rule.average
-        if not name or "t" not in record:
+        x, record = local(p).detach(), self.state.get(p, {})
+        if not self.rule.averages or "t" not in record:
             return None
-        return record[name] if name in record else recovered(self.rule, local(p).detach(), record)
+        return self.rule.average(x + record["rest"] if "rest" in record else x, record)
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""
@@ -247,6 +248,3 @@ class Group:
         self.tower["watched"] = list(self.hypers.watched)
         if name != "lr":
             self.body.changed()
-        if name == "beta1":
-            for buffer in self.buffers:
-                buffer.store_average()

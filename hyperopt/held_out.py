@@ -14,7 +14,7 @@ def learn(loss: Tensor, groups: Sequence[Group], *, averaged: bool) -> None:
     """Let the next step of each group learn from `loss`, which was made with the averaged weights, or with the weights themselves."""
     grads = gradients(loss, [p for group in groups for p in group.params], groups[0].spec)
     for group in groups:
-        keep(group, grads, group.rule.average or "x" if averaged else "x")
+        keep(group, grads, "average" if averaged and group.rule.averages else "x")
 
 
 def gradients(loss: Tensor, params: Sequence[Tensor], tower: Level) -> dict[Tensor, Tensor | None]:
@@ -44,7 +44,7 @@ def keep(group: Group, grads: Mapping[Tensor, Tensor | None], at: str) -> None:
     Args:
         group: whose weights the loss was made with.
         grads: its gradient, by parameter; None where it does not depend on one.
-        at: where the gradient was taken: "x" for the weights, or the name of the state that stood in their place.
+        at: where the gradient was taken: "x" for the weights, "average" for the average that stood in their place.
     """
     hypergradient, shares = group.body.hypergradient, []
     for buffer in group.buffers:

@@ -138,6 +138,8 @@ class HyperOptimizer(Optimizer):
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
         groups = [] if self._averaged else self._groups()
+        for group in groups:
+            group.follow_edits()
         pairs = [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
         if not pairs:
             yield

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import rules
 from .roles import ENTRIES
-from .rule import Rule, Variant, check
+from .rule import Rule, check
 from .spec.arguments import FLAGS, check_flag, named
 from .spec.level import Level
+from .variant import Variant
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What an entry of a group cannot be called unless it has its effect.

@@ -2,13 +2,10 @@
 
 import copy
 import dataclasses
-import importlib
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -75,8 +72,8 @@ class Rule(ABC):
 
         g = g + weight_decay·x                                  coupled decay, unless the rule has `decoupled = True`
         d, s' = direction(g, s, h, t)
-        place = x − lr·(d + weight_decay·x)                     decoupled decay; x, or the state that lr moves
-        x', s' = after(place, s', h, t)                         the identity, unless the rule averages
+        place' = place − lr·(d + weight_decay·x)                decoupled decay; place is x, unless the rule averages by itself
+        x', s' = after(place', s', h, t)                        the identity, unless the rule averages
 
     A subclass is a frozen dataclass: fields made with `hyper` are hyperparameters, any other field is an option that is fixed for a run
     (nesterov, decoupled …). A hyperparameter whose value is 0 on the boundary of its domain may be left out of `init` and `direction`
@@ -91,9 +88,11 @@ class Rule(ABC):
     trust: ClassVar[float] = 0.03  # default at level 0; of .02 to .1 the flattest over initial lrs on MNIST validation data
     horizon: ClassVar[float] = 1000.0  # default, for how many past steps hyperparameters are held responsible
     first_moment: ClassVar[tuple[str, ...]] = ()  # the hyperparameters that average gradients; at 0 they do not
-    # What lr moves: x, or the state of this name; x is then lerp(state[moved], state[average], state["mix"]) with a number "mix".
-    moved: ClassVar[str] = "x"
-    average: ClassVar[str | None] = None  # the state that holds the weights to evaluate with, where that is not x
+    averages: ClassVar[bool] = False  # the weights to evaluate with are an average: the state "average", or see `gapped`
+    # lr moves not x but x + mix·gap, and the average is x − (1 − mix)·gap, with a state "gap" between the two and a number "mix". They are
+    # kept relative to x so that they move along with weights that are changed from outside.
+    gapped: ClassVar[bool] = False
+    totals: ClassVar[bool] = False  # `after` reads h.total
     through = 1.0  # the share of the average in the hypergradient of a step; no annotation, since ScheduleFree has a field of this name
     parts: ClassVar[tuple[str, ...]] = ()  # the names of the directions, where there are two (Muon | Adam)
     role: ClassVar[Role] = Role()  # of the tensors that it is to step
@@ -117,19 +116,30 @@ class Rule(ABC):
         """The new x and the rest of the new state, once that which lr moves has arrived at `place`.
 
         Args:
-            place: the new x, or the new value of the state `moved`.
-            state: what `direction` returned; in it, the entries that `direction` does not return are those of the step before.
+            place: where that has arrived.
+            state: what `direction` returned; in it, the entries that `direction` does not return are those of the step before, and "gap"
+                reaches from the average before to `place`.
             h, t: as in `direction`.
         """
         return place, state
 
-    def total(self, g: Tensor, x: Tensor, state: State) -> Tensor | None:
-        """What some of the weights add to a number that `after` is to know of all of them, as `h.total`; None if there is none.
+    def total(self, g: Tensor, x: Tensor, state: State) -> Tensor:
+        """What some of the weights add to a number that `after` is to know of all of them, as `h.total`, if `totals` is true.
 
         Args:
             g, x, state: gradient, weights and state before the step.
         """
-        return None
+        raise NotImplementedError(type(self).__name__)
+
+    def place(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """What lr moves."""
+        return torch.addcmul(x, state["mix"], state["gap"]) if self.gapped else x
+
+    def average(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The weights to evaluate with."""
+        if self.gapped:
+            return x - (1 - state["mix"]) * state["gap"]
+        return state["average"] if self.averages else x
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         """The diagonal H of a step −lr·H⁻¹·m, up to a common factor: the metric in which weights are projected onto a feasible set.
@@ -173,7 +183,11 @@ class Rule(ABC):
     def _arrive(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         """Where the step takes that which lr moves, and the state on the way to `after`."""
         d, own = self.direction(g + self._decay(h, t) * x if self._couples() else g, state, h, t)
-        return state.get(self.moved, x) - h.lr * self._step(x, d, h, t), {**state, **own}
+        return self._moved(x, {**state, **own}, h.lr * self._step(x, d, h, t))
+
+    def _moved(self, x: Tensor, state: State, move: Tensor) -> tuple[Tensor, State]:
+        """What lr moves, after a move downwards, and the state on the way to `after`."""
+        return self.place(x, state) - move, {**state, "gap": state["gap"] - move} if self.gapped else state
 
     def _step(self, x: Tensor, d: Tensor, h: Values, t: Tensor) -> Tensor:
         """The direction with decoupled weight decay."""
@@ -190,39 +204,9 @@ class Rule(ABC):
         return h.weight_decay
 
 
-def interpolated(rule: Rule, state: State) -> Tensor:
-    """x of a rule whose lr moves a state of its own: between that state and its average."""
-    return torch.lerp(state[rule.moved], state[str(rule.average)], state["mix"])
-
-
-def recovered(rule: Rule, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """The average of such a rule, from x and the state that lr moves: the inverse of `interpolated`, where "mix" is not below a half.
-
-    Before the first step "mix" is 0 and all three are equal.
-    """
-    place = state[rule.moved]
-    return place + (x - place) / state["mix"].clamp_min(0.5)
-
-
 def overrides(rule: Rule, name: str) -> bool:
     """Whether the class of a rule defines the method `name` itself."""
     return getattr(type(rule), name) is not getattr(Rule, name)
-
-
-class Variant(partial[Rule]):
-    """A rule with other defaults, under a name of its own: `AdamW = Variant(Adam, …)`, a module's global."""
-
-    @property
-    def __name__(self) -> str:
-        return next(name for name, value in vars(sys.modules[self.func.__module__]).items() if value is self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Copied and pickled as classes are, by name, so that there is only one of it.
-        return _named, (self.func.__module__, self.__name__)
-
-
-def _named(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
 
 
 def check(argument: str, value: Any, domain: Domain) -> None:

@@ -118,7 +118,7 @@ class Tree:
             record["climbing"] = torch.full_like(lr, not started) if climbing is None else climbing.to(lr)
             limits = [node.body.trust for names, node in above if "lr" in names and node.body.trust is not None]
             guards.append(Climb(record["climbing"], trust, min(limits, default=math.inf)))
-        guards.append(Trust(own["lr"], trust, Trust.WARMUP if level == 0 and rule.moved != "x" else 1))
+        guards.append(Trust(own["lr"], trust, Trust.WARMUP if level == 0 and rule.gapped else 1))
         return [*guards, Forget(own["lr"], record["anchor"])]
 
     def _upper(self, spec: Level, level: int, branch: str, below: Mapping[str, Hyperparameter]) -> Optimizable:

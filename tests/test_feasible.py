@@ -123,13 +123,16 @@ def test_a_set_for_each_group(height):
 def test_averages_and_what_they_are_made_of_are_inside(inside, kind, base):
     model = net()
     optimizer = Hyper(kind(base), lr=0.5 if base is SGD else 0.05, project=inside).stack(Adam).bind(model.parameters())
-    names = ["z", "average"] if kind is ScheduleFree else ["average"]
+    rule = optimizer.tower.rule
     for at in range(20):
         train(model, optimizer, range(at, at + 1))
         assert outside(inside, weights(model)) < 1e-6
-        for name in names:
-            assert outside(inside, [optimizer.state[p][name] for p in model.parameters()]) < 1e-6
-    assert outside(inside, [optimizer.state[p]["z" if kind is ScheduleFree else "average"] for p in model.parameters()]) > -0.1
+        moved, averages = zip(
+            *[[of(p.detach(), optimizer.state[p]) for of in (rule.place, rule.average)] for p in model.parameters()], strict=True
+        )
+        assert outside(inside, moved) < 1e-6
+        assert outside(inside, averages) < 1e-6
+    assert outside(inside, moved if kind is ScheduleFree else averages) > -0.1
     with optimizer.averaged():
         assert outside(inside, weights(model)) < 1e-6
 
@@ -288,7 +291,6 @@ def test_the_graph_is_the_same_at_horizon_1(case, inside):
 def test_hypergradients_of_averaging_rules(inside, kind, base):
     # horizon inf with lr moved once, at the start, for all steps: the derivative of the whole run with gradients held.
     lr, held = 0.5 if base is SGD else 0.02, []
-    free = kind is ScheduleFree  # its y is made of z and the average, and no tangent of it is kept
 
     def end(shift, learn=False):
         model = net(torch.float64)
@@ -301,11 +303,10 @@ def test_hypergradients_of_averaging_rules(inside, kind, base):
             for p, g in zip(model.parameters(), held[at], strict=True):
                 p.grad = g.clone()
             optimizer.step()
-        names = ["z", "average"] if free else ["average"]
-        if learn:
-            names = [*([] if free else ["Z.lr"]), *(f"Z.lr.{name}" for name in names)]
+        name = "gap" if kind is ScheduleFree else "average"
+        names = ["Z.lr", f"Z.lr.{name}"] if learn else [name]
         kept = [torch.cat([optimizer.state[p][name].flatten() for p in model.parameters()]) for name in names]
-        return torch.stack(kept if learn or free else [flat(model), *kept])
+        return torch.stack(kept if learn else [flat(model), *kept])
 
     found = end(0, learn=True)
     h = 1e-4

@@ -363,7 +363,7 @@ def test_tensors_of_the_rest_are_gathered_and_each_matrix_is_a_buffer():
     assert sorted(buffer[0] for buffer in buffers if len(buffer) == 1) == sorted(MATRICES)
     assert [len(buffer) for buffer in buffers if len(buffer) > 1] == [len(names) - len(MATRICES)]
     assert "m" not in optimizer.state[model.conv.weight]
-    assert set(optimizer.state[model.head.weight]) >= {"v", "z"}
+    assert set(optimizer.state[model.head.weight]) >= {"v", "gap"}
 
 
 SPLIT = Case(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import Rule, State, recovered
+from ..rule import Rule, State
+from .edits import Edits
 from .shards import is_shared, local, placed
 
 # Elements that are stepped at once in eager mode, so that intermediates stay in the cache. Where kernels are launched, each block needs
@@ -37,7 +38,6 @@ class Buffer:
         spread: for hyperparameters with a value per tensor or per coordinate, the position in that vector of each element, tensor
             by tensor, and the length of the vector.
         limits: the interval in which x must stay, for raw hyperparameters.
-        derives: recompute the average of a rule that averages from its other states, where the weights have the dtype of the state.
         share: the weight of sums over this buffer in sums over all ranks.
     """
 
@@ -49,7 +49,6 @@ class Buffer:
         spread: Mapping[str, tuple[Tensor, int]] | None = None,
         limits: tuple[Tensor, Tensor] | None = None,
         *,
-        derives: bool = False,
         share: float = 1.0,
     ) -> None:
         self.tensors, self.records, self.limits, self.rule = list(tensors), list(records), limits, rule
@@ -70,22 +69,22 @@ class Buffer:
         self.positions = {name: (self._in_order(positions), size) for name, (positions, size) in (spread or {}).items()}
         # One number for all tensors, as they have taken every step together.
         self.numbers = {"t"}
-        self.t = self._load("t") if "t" in self.records[0] else torch.zeros((), dtype=self.dtype, device=like.device)
+        self.t = self.load("t") if "t" in self.records[0] else torch.zeros((), dtype=self.dtype, device=like.device)
         self.one = torch.ones_like(self.t)
         self.state: State = {}
         self.tangents: Tangent = {}
-        self.derived = derives and like.dtype == self.dtype and not self.positions and "average" not in self.records[0]
+        self.edits = Edits(self) if rule.gapped else None
         for key, buffer in self._initial(rule).items():
-            self.state[key] = self._load(key) if key in self.records[0] else buffer
+            self.state[key] = self.load(key) if key in self.records[0] else buffer
         for key in list(self.records[0]):
             if key.startswith("Z."):
-                self.tangents.setdefault(key.split(".")[1], {})[base_of(key)] = self._load(key)
-        self._keep("t", self.t)
+                self.tangents.setdefault(key.split(".")[1], {})[base_of(key)] = self.load(key)
+        self.keep("t", self.t)
         for key, buffer in self.state.items():
-            self._keep(key, buffer)
+            self.keep(key, buffer)
         for name, tangent in self.tangents.items():
             for of, buffer in tangent.items():
-                self._keep(_key(name, of), buffer)
+                self.keep(_key(name, of), buffer)
 
     def gather(self) -> None:
         """Copy the tensors into the flat buffer, where there is one."""
@@ -96,11 +95,15 @@ class Buffer:
                 self._x = self.empty()
                 self._x_views = self.views(self._x)
             _copy(self._x_views, self.shards)
+            if self.edits is not None:
+                self.edits.gathered(self._x)
 
     def scatter(self) -> None:
         """Copy the flat buffer back to the tensors, rounding to their dtype."""
         if not self.direct:
             _copy(self.shards, self._x_views)
+        if self.edits is not None:
+            self.edits.finish()
 
     def x(self) -> Tensor:
         """The values of the tensors, as gathered last."""
@@ -157,7 +160,7 @@ class Buffer:
             if not like.dim() and self.x().dim():
                 self.numbers.add(of)
             mine[of] = torch.zeros_like(like if of in self.numbers else self.x())
-            self._keep(_key(name, of), mine[of])
+            self.keep(_key(name, of), mine[of])
         return mine[of]
 
     def extend(self, rule: Rule) -> None:
@@ -166,15 +169,7 @@ class Buffer:
         for key, buffer in self._initial(rule).items():
             if key not in self.state:
                 self.state[key] = buffer
-                self._keep(key, buffer)
-
-    def store_average(self) -> None:
-        """From now on keep the average that was recomputed so far."""
-        if self.derived:
-            self.gather()
-            self.state["average"] = recovered(self.rule, self.x(), self.state)
-            self.derived = False
-            self._keep("average", self.state["average"])
+                self.keep(key, buffer)
 
     def layout(self) -> Any:
         """What buffers that look alike to compiled code have in common."""
@@ -200,6 +195,20 @@ class Buffer:
         """Whether a record's entry is one number for the whole buffer."""
         return (base_of(key) if key.startswith("Z.") else key) in self.numbers
 
+    def load(self, key: str) -> Tensor:
+        """What the records hold under a name, in a buffer of its own."""
+        if self.is_number(key):
+            return self.records[0][key].detach().to(self.shards[0].device, self.dtype, copy=True)
+        buffer = self.empty()
+        _copy(self.views(buffer), [record[key] for record in self.records])
+        return buffer
+
+    def keep(self, key: str, buffer: Tensor) -> None:
+        """Show a buffer in the records, as views shaped like each tensor."""
+        views = [buffer] * len(self.records) if self.is_number(key) else self.views(buffer)
+        for record, view in zip(self.records, views, strict=True):
+            record[key] = view
+
     def _initial(self, rule: Rule) -> State:
         x = self.x()
         state = rule.init(x)
@@ -207,11 +216,6 @@ class Buffer:
             return {key: buffer.expand(x.shape).clone() for key, buffer in state.items()}
         if x.dim():
             self.numbers |= {key for key, buffer in state.items() if not buffer.dim()}
-        if self.derived:
-            state.pop("average", None)
-        elif rule.moved in self.records[0] and rule.average and rule.average not in self.records[0]:
-            # Saved with weights of the state's dtype, from which it was recomputed, and loaded with others.
-            state[rule.average] = recovered(rule, x, {key: self._load(key) for key in (rule.moved, "mix")})
         return state
 
     def _held(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -227,18 +231,6 @@ class Buffer:
         for view, part in zip(views, positions.split([view.numel() for view in views]), strict=True):
             view.copy_(part.view(view.shape))
         return ordered
-
-    def _load(self, key: str) -> Tensor:
-        if self.is_number(key):
-            return self.records[0][key].detach().to(self.shards[0].device, self.dtype, copy=True)
-        buffer = self.empty()
-        _copy(self.views(buffer), [record[key] for record in self.records])
-        return buffer
-
-    def _keep(self, key: str, buffer: Tensor) -> None:
-        views = [buffer] * len(self.records) if self.is_number(key) else self.views(buffer)
-        for record, view in zip(self.records, views, strict=True):
-            record[key] = view
 
 
 def _key(name: str, of: str) -> str:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..guards import FLOOR, Size, is_finite
 from ..hyperparameter import Raw
-from ..rule import Rule, State, Values, interpolated, overrides
+from ..rule import State, Values, overrides
 from ..tangents import Point
 from . import general
 from .arithmetic import Selected, Weighted
 from .blocks import Block, blocks, combined, norm
 from .buffers import Buffer, Tangent
-from .hypergradient import Hypergradient, average_too
+from .hypergradient import Hypergradient
 from .kernels import Kernel
 from .part import EAGER, WHOLE, Part
 
@@ -54,12 +54,7 @@ class Eager:
         plain = not learned and not self.updates and not overrides(rule, "after") and part.feasible is None
         self.simple = self.tangents.closed or plain  # x and Z move in place
         self.kernel = kernel if self.simple and not part.compiled else None
-        interpolates = rule.moved != "x" and rule.average is not None
-        self.follows = part.level > 0 and interpolates
-        # At horizon 1 the tangents of the state, which imply those of x, are not kept.
-        self.implied = part.level == 0 and interpolates and self.tangents.gamma > 0
-        self.asks = overrides(rule, "total") and _asks(rule, torch.zeros(1, device="cpu"))
-        self.hypergradient = Hypergradient(rule, part.hypers, learned, implied=self.implied)
+        self.hypergradient = Hypergradient(rule, part.hypers, learned, part.level)
 
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
         """Gather the gradients of the tensors of each buffer, and the displacements at lr = 1 that another optimizer has made, if any."""
@@ -68,6 +63,8 @@ class Eager:
             self.directions = [buffer.side_by_side(each) for buffer, each in zip(self.buffers, directions, strict=True)]
         for buffer in self.buffers:
             buffer.gather()
+            if buffer.edits is not None:
+                buffer.edits.begin()
         return [buffer.gradient(each, maximize) for buffer, each in zip(self.buffers, grads, strict=True)]
 
     def finite(self, gs: Sequence[Tensor]) -> Tensor:
@@ -100,15 +97,11 @@ class Eager:
         if self.level:
             (buffer,), (g,) = self.buffers, gs
             x = buffer.tensors[0]
-            if self.follows:  # what x was cut to, or assigned, the states that it is made of follow
-                shift = x - interpolated(self.rule, buffer.state)
-                for name in (self.rule.moved, str(self.rule.average)):
-                    buffer.state[name].add_(shift)
             if self.arithmetic is Selected or not self.blocks:
                 self.blocks = [Block(buffer, x, g, buffer.state, buffer.tangents, buffer.t)]
             block = self.blocks[0]  # above level 0 it is always the same one
             block.g, block.t, block.made = g, buffer.t + 1, None
-            self.total = self.rule.total(g, x, buffer.state)
+            self.total = self.rule.total(g, x, buffer.state) if self.rule.totals else None
             return None, self.hypergradient.combined([self.hypergradient.of(buffer, g)]) if wanted else {}
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
         self.blocks = self._blocks(gs)
@@ -116,16 +109,16 @@ class Eager:
         sums = [combined([n.to(self.hypers.like) for n in each], torch.add, torch.sum) for each in zip(*numbers, strict=True)]
         q = self.hypergradient.combined(shares) if wanted else {}
         sums = self.ranks.sum([*sums, *q.values()])
-        self.total = sums.pop(1) if self.asks else None
+        self.total = sums.pop(1) if self.rule.totals else None
         return is_finite(sums[0]), dict(zip(q, sums[1:], strict=True))
 
     def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[list[Tensor], Raw]:
         """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, what the rule asks for, and Zᵀg."""
         # That finite elements near 1e38 can add up to infinity is accepted; the sum is four times as fast as the largest |element|.
         numbers, split = [g.sum()], self.mode == EAGER
-        if self.asks:
-            found = [self.rule.total(block.g, block.x, average_too(self.rule, block)) for block in blocks(buffer, g, split=split)]
-            numbers.append(buffer.share * combined([total for total in found if total is not None], torch.add, torch.sum))
+        if self.rule.totals:
+            found = [self.rule.total(block.g, block.x, block.state) for block in blocks(buffer, g, split=split)]
+            numbers.append(buffer.share * combined(found, torch.add, torch.sum))
         return numbers, self.hypergradient.of(buffer, g, split=split) if wanted else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
@@ -142,10 +135,10 @@ class Eager:
 
     def size(self, block: Block, r: Raw, ok: Tensor) -> tuple[Tensor, Tensor]:
         """How far the step takes that which lr moves, and how large that is."""
-        h, place = self.h(block, r), block.state.get(self.rule.moved, block.x)
+        h, place = self.h(block, r), self.rule.place(block.x, block.state)
         if self.updates:
-            x1, s1 = block.buffer.rule.update(block.x, self.gradient(block, ok), block.state, h, block.t)
-            move, lr = s1.get(self.rule.moved, x1) - place, None
+            x1, _ = block.buffer.rule.update(block.x, self.gradient(block, ok), block.state, h, block.t)
+            move, lr = x1 - place, None
         else:
             d, own = self.direction(block, h, ok, lasting=True)
             move, lr = self.rule._step(block.x, d, h, block.t) if self.decays else d, h.lr
@@ -230,8 +223,7 @@ class Eager:
                 write(block.state[key] if new.dim() else block.buffer.state[key], new, ok)
         for name, tangent in tangents.items():
             for of, new in tangent.items():
-                if of != "x" or not self.implied:
-                    write(block.tangent(name, of, new), new, ok)
+                write(block.tangent(name, of, new), new, ok)
 
     def h(self, block: Block, r: Raw) -> Values:
         """The hyperparameters at `r`, spread over the coordinates of a block where they differ there."""
@@ -256,7 +248,3 @@ class Eager:
         split = self.mode == EAGER and self.feasible is None
         pairs = zip(self.buffers, gs, strict=True)
         return [block for buffer, g in pairs for block in blocks(buffer, g, split=split and buffer.rule.elementwise)]
-
-
-def _asks(rule: Rule, x: Tensor) -> bool:
-    return overrides(rule, "total") and rule.total(x, x, rule.init(x)) is not None

@@ -25,16 +25,16 @@ class Column(IntEnum):
     D = 2  # the direction at lr = 1; null: Adam's, made of the next two
     M = 3  # first moment
     V = 4  # second moment
-    PLACE = 5  # what lr moves where that is not x: ScheduleFree's z
-    AVERAGE = 6  # ScheduleFree's or Averaged's; null under ScheduleFree: x and z say what it is
-    ZX = 7  # tangent of what lr moves along log lr; null: nothing is learned
-    ZA = 8  # tangent of the average
+    GAP = 5  # ScheduleFree's: from its average to what lr moves
+    AVERAGE = 6  # Averaged's
+    ZX = 7  # tangent of x along log lr; null: nothing is learned
+    ZA = 8  # tangent of the gap, or of the average
     T = 9  # steps taken, one number a chunk, as what follows
     WEIGHT = 10  # ScheduleFree's Σlr²
     ZWEIGHT = 11  # its tangent
     MIX = 12  # ScheduleFree's beta1 of the step before
-    LAG = 13  # mean of <g, z − average>; null: its average does not forget
-    LAG_SIZE = 14  # mean of |<g, z − average>|
+    LAG = 13  # mean of <g, gap>; null: its average does not forget
+    LAG_SIZE = 14  # mean of |<g, gap>|
 
 
 class Value(IntEnum):

@@ -6,11 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from ..hyperparameter import Raw
-from ..rule import Rule, State, Values, interpolated
+from ..rule import Rule, State, Values
 from ..tangents import Point
 from .blocks import Block
 from .buffers import Tangent
-from .hypergradient import average_too
 
 
 def write(body: Any, batch: Sequence[Block], r: Raw, kept: Raw, ok: Tensor) -> None:
@@ -29,7 +28,7 @@ def write(body: Any, batch: Sequence[Block], r: Raw, kept: Raw, ok: Tensor) -> N
                 body.arithmetic.restart(z)
         if body.tangents.fixed and not block.made:
             block.made = body.direction(block, body.h(block, r), ok)
-    points = [(block.x, average_too(body.rule, block)) for block in batch]
+    points = [(block.x, block.state) for block in batch]
     news: Sequence[Point] = [] if r else update(body, batch, points, r, ok)
     found: list[Tangent] = [{} for _ in batch]
     for name in r:
@@ -51,7 +50,7 @@ def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, o
     if body.feasible is not None:
         metrics = [block.buffer.rule.metric(state, h, block.t) for block, (_, state), h in zip(batch, arrived, hs, strict=True)]
         places = body.feasible.project([place for place, _ in arrived], metrics)
-        arrived = [(place, state) for place, (_, state) in zip(places, arrived, strict=True)]
+        arrived = [(place, _followed(state, place - old)) for place, (old, state) in zip(places, arrived, strict=True)]
     if body.updates:
         return arrived
     return [block.buffer.rule.after(*each, h, block.t) for block, each, h in zip(batch, arrived, hs, strict=True)]
@@ -60,15 +59,20 @@ def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, o
 def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values, ok: Tensor) -> Point:
     """Where the step takes that which lr moves, and the state on the way."""
     rule: Rule = block.buffer.rule
-    start = state.get(rule.moved, x)
-    if body.implied and body.decays:
-        x = interpolated(rule, state)  # with its tangents
     if body.updates:
-        place, state = rule.update(x, body.gradient(block, ok), state, h, block.t)
-        place = state.get(rule.moved, place)
+        place, new = rule.update(x, body.gradient(block, ok), state, h, block.t)
     elif block.made:
         d, own = block.made
-        place, state = start - h.lr * rule._step(x, d, h, block.t), {**state, **own}
+        place, new = rule._moved(x, {**state, **own}, h.lr * rule._step(x, d, h, block.t))
     else:
-        place, state = rule._arrive(x, body.gradient(block, ok), state, h, block.t)
-    return (place if body.limit is None else start + (place - start).clamp(-body.limit, body.limit)), state
+        place, new = rule._arrive(x, body.gradient(block, ok), state, h, block.t)
+    if body.limit is None:
+        return place, new
+    start = rule.place(x, state)
+    limited = start + (place - start).clamp(-body.limit, body.limit)
+    return limited, _followed(new, limited - place)
+
+
+def _followed(state: State, by: Tensor) -> State:
+    """The state, where that which lr moves went farther than it said."""
+    return {**state, "gap": state["gap"] + by} if "gap" in state else state

@@ -9,7 +9,6 @@ from ..tangents import Raw
 from . import general
 from .buffers import Buffer
 from .eager import Eager
-from .hypergradient import average_too
 
 
 class Graph(Eager):
@@ -34,7 +33,7 @@ class Graph(Eager):
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         leaves = {name: raw.detach().clone().requires_grad_() for name, raw in r.items()}
         # Copies, because the graph keeps what it was made of and the buffers go on to change in place.
-        points = [(block.x.clone(), {k: s.clone() for k, s in average_too(self.rule, block).items()}) for block in self.blocks]
+        points = [(block.x.clone(), {k: s.clone() for k, s in block.state.items()}) for block in self.blocks]
         with torch.enable_grad():
             news = general.update(self, self.blocks, points, leaves, ok)
         if bool(ok):

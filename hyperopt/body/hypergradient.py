@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..hyperparameter import Hyperparameters, Raw
-from ..rule import Rule, State, recovered
+from ..rule import Rule
 from .blocks import Block, blocks
 from .buffers import Buffer
 
@@ -18,11 +18,11 @@ class Hypergradient:
         rule: of the node.
         hypers: its hyperparameters.
         names: those that are learned.
-        implied: x is an interpolation of the state of its rule, and its tangents, which are not kept, are those of the state, interpolated.
+        level: of the node.
     """
 
-    def __init__(self, rule: Rule, hypers: Hyperparameters, names: Sequence[str], *, implied: bool) -> None:
-        self.rule, self.hypers, self.names, self.implied = rule, hypers, names, implied
+    def __init__(self, rule: Rule, hypers: Hyperparameters, names: Sequence[str], level: int) -> None:
+        self.rule, self.hypers, self.names, self.level = rule, hypers, names, level
 
     def of(self, buffer: Buffer, g: Tensor, at: str | None = None, *, split: bool = False) -> Raw:
         """What one buffer adds to Zᵀg.
@@ -30,12 +30,12 @@ class Hypergradient:
         Args:
             buffer: of x.
             g: a gradient.
-            at: where it was taken: "x" or the name of a state. None for the gradient of a step: that of a rule which is evaluated at an
-                average stands for the one at the average, so that the tangent of that which lr moves is replaced by the average's.
+            at: where it was taken: "x" or "average". None for the gradient of a step, which at level 0 stands for the one at an average
+                that the rule keeps by itself.
             split: large buffers may be taken block by block.
         """
-        if self.implied and at in (None, "x"):
-            shares = [self._interpolated(block, step=at is None) for block in blocks(buffer, g, split=split)]
+        if self.rule.gapped and (at == "average" or (at is None and self.level == 0)):
+            shares = [self._beside(block, step=at is None) for block in blocks(buffer, g, split=split)]
             return self.combined(shares) if any(shares) else {}
         q: Raw = {}
         for name, tangent in buffer.tangents.items():
@@ -54,38 +54,18 @@ class Hypergradient:
                 q[name] = torch.zeros_like(self.hypers[name].value)
         return q
 
-    def _interpolated(self, block: Block, *, step: bool) -> Raw:
+    def _beside(self, block: Block, *, step: bool) -> Raw:
+        """⟨g, ∂(x + w·gap)⟩: with w = mix − 1 through the average, with w = mix through that which lr moves. For a step, w = mix − through,
+        and mix is held, as neither depends on it in this step."""
         q: Raw = {}
-        average = str(self.rule.average)
+        mix = block.state["mix"]
         for name, kept in block.tangents.items():
-            if step and "mix" not in kept:  # both ends of the interpolation move alike
-                z = self._through(kept) if average in kept else None
-            else:
-                tangents = {key: kept[key] for key in ("mix", average, self.rule.moved) if key in kept}
-                if step:
-                    tangents = {key: z for key, z in tangents.items() if key != self.rule.moved}
-                    tangents |= dict.fromkeys((average, self.rule.moved), self._through(kept)) if average in kept else {}
-                z = self._pushed(block, tangents)
-            if z is not None:
-                q[name] = block.buffer.inner(name, block.g, z, block.cut).to(self.hypers.like)
+            z = kept.get("x")
+            if z is None:
+                continue
+            if "gap" in kept:
+                z = z + (mix - (self.rule.through if step else 1)) * kept["gap"]
+            if "mix" in kept and not step:
+                z = z + kept["mix"] * block.state["gap"]
+            q[name] = block.buffer.inner(name, block.g, z, block.cut).to(self.hypers.like)
         return q
-
-    def _through(self, kept: State) -> Tensor:
-        """The tangent of the point through which the hypergradient of a step is taken."""
-        average, moved = kept[str(self.rule.average)], kept.get(self.rule.moved)
-        return average if self.rule.through == 1 or moved is None else torch.lerp(moved, average, self.rule.through)
-
-    def _pushed(self, block: Block, tangents: State) -> Tensor:
-        """The tangent of the interpolation."""
-        state = average_too(self.rule, block)
-        zero = torch.zeros((), dtype=block.x.dtype, device=block.x.device)
-        moved, average = self.rule.moved, str(self.rule.average)
-        along = torch.lerp(tangents.get(moved, zero).expand_as(block.x), tangents.get(average, zero).expand_as(block.x), state["mix"])
-        return along + tangents["mix"] * (state[average] - state[moved]) if "mix" in tangents else along
-
-
-def average_too(rule: Rule, block: Block) -> State:
-    """The state with the average, which may be recomputed instead of stored."""
-    if not block.buffer.derived:
-        return block.state
-    return {**block.state, str(rule.average): recovered(rule, block.x, block.state)}

@@ -39,15 +39,23 @@ class Native(Eager):
         self.functions = functions
         self.kept: dict[Any, Passes] = {}
         self.passes: Passes | None = None  # of this step
-        self.sums = torch.zeros(5, dtype=torch.float32, device="cpu")
+        self.left: tuple[Passes, float] | None = None  # those of the step before, and the sum of x that they have left
+        self.sums = torch.zeros(6, dtype=torch.float32, device="cpu")
         self.orders = torch.zeros(4, dtype=torch.float32, device="cpu")
 
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
         """Take the first pass."""
         self.passes = None if maximize else self._passes()
+        left, self.left = self.left, None
         if self.passes is not None and self.passes.look(grads, directions, self):
+            if left is not None and left[0] is self.passes and left[1] != self.sums[5].item():
+                for edits in self.passes.edits:
+                    edits.changed.fill_(True)
             return []
         self.passes = None
+        if left is not None:
+            for edits in left[0].edits:
+                edits.sum = None
         return super().begin(grads, directions, maximize=maximize)
 
     def finite(self, gs: Sequence[Tensor]) -> Tensor:
@@ -59,7 +67,7 @@ class Native(Eager):
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         if self.passes is None:
             return super().pull(gs, wanted)
-        finite, q, _, _, self.total = self.sums.clone().unbind()
+        finite, q, _, _, self.total, _ = self.sums.clone().unbind()
         return finite, {"lr": q} if wanted and self.tangents.names else {}
 
     def measure(self, r: Raw, ok: Tensor) -> Size | None:
@@ -67,7 +75,7 @@ class Native(Eager):
             return super().measure(r, ok)
         if not self.projects:
             return None
-        _, _, place, move, _ = self.sums.unbind()
+        _, _, place, move, _, _ = self.sums.unbind()
         return Size(move * self.hypers["lr"].at(r["lr"]) / place.clamp_min(self.floor()), self.steps())
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
@@ -86,6 +94,8 @@ class Native(Eager):
             super().finish()
         else:
             self.passes.take(self)
+            if self.passes.edits:
+                self.left = self.passes, self.sums[5].item()
 
     def changed(self) -> None:
         super().changed()
@@ -108,10 +118,9 @@ class Native(Eager):
         return passes
 
     def _make_tangents(self, buffer: Buffer) -> None:
-        average = str(self.rule.average)
-        shapes = {self.rule.moved: buffer.x()} | ({average: buffer.x()} if self.rule.average else {})
-        for of, like in {**shapes, **({"weight": buffer.t} if self.implied else {})}.items():
-            buffer.tangent("lr", of, like)
+        names = ("x", "gap", "weight") if self.rule.gapped else ("x", "average") if self.rule.averages else ("x",)
+        for of in names:
+            buffer.tangent("lr", of, buffer.t if of == "weight" else buffer.x())
 
 
 class Passes:
@@ -127,6 +136,7 @@ class Passes:
         self.sizes = [t.numel() for t in self.tensors]
         self.strides = [stride for buffer in self.buffers for stride in buffer.strides]
         self.given: list[tuple[Buffer, Tensor, State]] = []  # direction and new state of a buffer, where they are not computed in C++
+        self.edits = [buffer.edits for buffer in self.buffers if buffer.edits is not None]
         self.told = [not computed(buffer) for buffer in self.buffers]
         count = self.count = len(self.tensors)
         self.columns = [columns(body, buffer) for buffer in self.buffers]
@@ -150,7 +160,7 @@ class Passes:
         self.heads = torch.tensor(
             list(itertools.accumulate((len(b.tensors) for b in self.buffers[:-1]), initial=0)), dtype=torch.int64, device="cpu"
         )
-        self.partial = torch.empty(5 * len(blocks), dtype=torch.float64, device="cpu")
+        self.partial = torch.empty(6 * len(blocks), dtype=torch.float64, device="cpu")
         table = len(blocks), self.blocks.data_ptr(), count, ctypes.addressof(self.pointers), ctypes.addressof(self.numbers)
         results = self.partial.data_ptr(), body.sums.data_ptr()
         self.look_at = int(body.projects), *table, *results
@@ -161,7 +171,7 @@ class Passes:
         return self.places == self._places()
 
     def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> bool:
-        """Write to `sums`: is Σg finite, Σg·Z, and for trust ‖x‖ and ‖step‖ at lr = 1; False where memory does not lie as it must."""
+        """Write to `sums` what is known before the step; False where memory does not lie as it must."""
         gs = [g for each in grads for g in each]
         for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
             same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
@@ -172,6 +182,10 @@ class Passes:
         if not (self.contiguous and all(x_pointers) and all(g_pointers)) or len(set(x_pointers)) < len(x_pointers):
             return False  # what is empty, all zeros without memory, or two parameters in one
         self.pointers[: 2 * self.count] = x_pointers + g_pointers
+        for edits in self.edits:
+            if edits.wanted():
+                edits.buffer.gather()
+                edits.begin()
         if any(self.told):
             self._give(grads, directions, body)
         self.functions.look(torch.get_num_threads(), *self.look_at)
@@ -181,6 +195,10 @@ class Passes:
         """Take the step that `orders` say: whether it counts, lr, and the factor on tangents; the gradients are those of `look`."""
         self.functions.take(torch.get_num_threads(), *self.take_at)
         torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
+        for edits in self.edits:
+            if edits.wanted():
+                edits.buffer.gather()
+                edits.finish()
         for buffer, _, own in self.given:
             for key, new in own.items():
                 Selected.write(buffer.state[key], new, body.orders[0])

@@ -1,9 +1,9 @@
 // The two passes over the weights of a training step on a CPU, for every rule whose learned hyperparameter (lr, or none) does not enter its
 // direction. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
 //
-//     look    what must be known before the step: whether Σg is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of the step s at lr = 1,
-//             and, where an average forgets, Σg·(place − average)
-//     take    state, place −= lr·s, what follows from place (averages, x), the tangents of all of it, and ‖place‖
+//     look    what must be known before the step: whether Σg is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of what lr moves and the
+//             step s at lr = 1, where an average forgets, Σg·gap, and where state is kept relative to x, Σx
+//     take    state, place −= lr·s, what follows from place (averages, x), the tangents of all of it, and Σx
 //
 // The direction is either given in D, by any rule, or Adam's, which is computed here, once in each pass: reading it back would cost as much
 // as reading m, v and g again does. Both corrections of Adam's bias are moved to the scalars.
@@ -31,10 +31,10 @@
 namespace {
 
 // Columns of `tensors` and indices of `values`; functions.py has the same names in the same order.
-enum Column { X, G, D, M, V, PLACE, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE };
+enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE };
 enum Value { REST1, REST2, EPS, WEIGHT_DECAY, BETA, REST_DECAY, FORGET, THROUGH };
 
-constexpr int SUMS = 5;               // that `look` makes
+constexpr int SUMS = 6;               // that `look` makes
 constexpr float MEMORY = 0.98f;       // of the mean that says whether an average lags behind, as in schedule_free.py
 constexpr int64_t SUM = 2048;         // elements that are added up in float
 constexpr int64_t PIECE = 512;        // elements whose steps lie between two loops, in the first-level cache
@@ -60,14 +60,14 @@ struct Table {
 // One row of `block`: a stretch of one tensor. What a rule does not have is null.
 struct Stretch {
     int64_t tensor, n;
-    float *x, *g, *d, *m, *v, *place, *average, *zx, *za;
+    float *x, *g, *d, *m, *v, *gap, *average, *zx, *za;
 
     Stretch(const Table& table, int64_t b) : tensor(table.block[3 * b]), n(table.block[3 * b + 2]) {
         auto at = [&](Column c) {
             float* p = table.column(c, tensor);
             return p ? p + table.block[3 * b + 1] : nullptr;
         };
-        x = at(X), g = at(G), d = at(D), m = at(M), v = at(V), place = at(PLACE), average = at(AVERAGE), zx = at(ZX), za = at(ZA);
+        x = at(X), g = at(G), d = at(D), m = at(M), v = at(V), gap = at(GAP), average = at(AVERAGE), zx = at(ZX), za = at(ZA);
     }
 };
 
@@ -124,17 +124,15 @@ struct Scalars {
 
 // What the averages and tangents of a tensor count at a step.
 struct Mix {
-    float lr, decay, beta;
-    float weight = 0, zweight = 0;  // ScheduleFree's w' and its tangent
-    float lag = 0, lag_size = 0;    // its means of <g, z − average> and of the size of that
+    float lr, decay, beta, keep;    // keep: what tangents count in those that follow
+    float mix = 0;                  // ScheduleFree's beta1 of the step before: z = x + mix·gap
+    float weight = 0, zweight = 0;  // its w' and the tangent of that
+    float lag = 0, lag_size = 0;    // its means of <g, gap> and of the size of that
     float share = 0, zshare = 0;    // c in a' = a + c·(place' − a), and its tangent
-    float unmix = 0;                // 1 / the mix that made x of z and a; 0 where x is z
-    float from_z, from_a, kept;     // what the tangent of place counts in that of place', that of a in that of place' and in that of a'
 
-    Mix(const Table& table, int64_t tensor, float step, float keep, float behind)
-        : lr(step), decay(table.value(WEIGHT_DECAY)), beta(table.value(BETA)) {
-        float mix = 0;
-        if (table.column(PLACE, tensor)) {
+    Mix(const Table& table, int64_t tensor, float step, float kept, float behind)
+        : lr(step), decay(table.value(WEIGHT_DECAY)), beta(table.value(BETA)), keep(kept) {
+        if (table.column(GAP, tensor)) {
             float square = lr * lr;
             mix = table.number(MIX, tensor);
             float past = 1;
@@ -147,20 +145,15 @@ struct Mix {
             zweight = keep * past * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
             share = square / std::max(weight, FLT_MIN);
             zshare = share * (2 - (weight >= FLT_MIN ? zweight / weight : 0));
-            unmix = mix != 0 ? 1 / mix : 0;
         } else if (float rest = table.value(REST_DECAY)) {
             share = rest / rest_of_power(rest, table.number(T, tensor) + 1);
         }
-        // Weights decay at x, whose tangent is mixed as x is.
-        from_z = keep * (1 - lr * decay * (1 - mix)), from_a = -keep * lr * decay * mix, kept = keep * (1 - share);
     }
 };
 
 enum Direction { GIVEN, GRADIENT, MOMENTUM };  // read from D; Adam's without and with a first moment
-enum Rule { AVERAGED, STORED, RECOMPUTED };    // the last two are ScheduleFree's, by whether it stores its average
-enum Tangents { NONE, OF_PLACE, OF_AVERAGE };  // each has the one before it
+enum Tangents { NONE, OF_X, OF_BOTH };         // none, that of x, that of the gap or the average too
 enum Through { NOTHING, ONE, BOTH };           // the tangents that hypergradients are taken through
-enum Lag { UNASKED, OF_STORED, OF_RECOMPUTED };  // Σg·(place − average), or Σg·(place − x), which is as much but for a factor
 
 // Calls f with a constant in place of the number, so that loops can be made for it.
 template <int... OPTIONS, class F> void choose(int option, F f) {
@@ -182,24 +175,20 @@ template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Ada
 
 // The loops take their arguments by value: what is only referred to might change with every element that is written.
 
-// The tangent that a hypergradient is taken through, and what it is weighed with.
+// The tangent that a hypergradient is taken through: that of x and, under ScheduleFree, so much of that of the gap.
 struct Pull {
-    const float *first, *second;  // that of the average, or of x; that of place
-    float rest;                   // what the second counts
+    const float *first, *second;
+    float weight;
 
-    Pull(const Stretch& at, float through) : first(at.place ? at.za : at.zx), second(at.place ? at.zx : nullptr), rest(1 - through) {
-        if (!first || rest == 0) second = nullptr;
-    }
+    Pull(const Stretch& at, float mix, float through) : first(at.zx), second(at.gap ? at.za : nullptr), weight(mix - through) {}
     template <int THROUGH> float of(int64_t j) const {
-        if constexpr (THROUGH == BOTH) return first[j] + rest * (second[j] - first[j]);
+        if constexpr (THROUGH == BOTH) return first[j] + weight * second[j];
         else return first[j];
     }
 };
 
-template <int LAG> inline float behind(const Stretch& at, int64_t j) { return at.place[j] - (LAG == OF_STORED ? at.average[j] : at.x[j]); }
-
-// Adds Σg, Σg·z, of the step Σs², and Σg·(place − …) to `sums`.
-template <int KIND, bool DECAYED, int THROUGH, int LAG>
+// Adds Σg, Σg·z, of the step Σs², and Σg·gap to `sums`.
+template <int KIND, bool DECAYED, int THROUGH, bool LAGS>
 void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t to, double* sums) {
     float gradient = 0, inner = 0, moves = 0, lag = 0;
 #pragma omp simd reduction(+ : gradient, inner, moves, lag)
@@ -207,28 +196,41 @@ void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t 
         float m1, v1;
         const float s = step<KIND, DECAYED>(at, adam, decay, j, m1, v1);
         if constexpr (THROUGH != NOTHING) inner += at.g[j] * z.of<THROUGH>(j);
-        if constexpr (LAG != UNASKED) lag += at.g[j] * behind<LAG>(at, j);
+        if constexpr (LAGS) lag += at.g[j] * at.gap[j];
         gradient += at.g[j], moves += s * s;
     }
     sums[0] += gradient, sums[1] += inner, sums[3] += moves, sums[4] += lag;
 }
 
 // The same without Σs².
-template <int THROUGH, int LAG> void unmeasured(Stretch at, Pull z, Adam, float, int64_t from, int64_t to, double* sums) {
+template <int THROUGH, bool LAGS> void unmeasured(Stretch at, Pull z, Adam, float, int64_t from, int64_t to, double* sums) {
     float gradient = 0, inner = 0, lag = 0;
 #pragma omp simd reduction(+ : gradient, inner, lag)
     for (int64_t j = from; j < to; j++) {
         gradient += at.g[j];
         if constexpr (THROUGH != NOTHING) inner += at.g[j] * z.of<THROUGH>(j);
-        if constexpr (LAG != UNASKED) lag += at.g[j] * behind<LAG>(at, j);
+        if constexpr (LAGS) lag += at.g[j] * at.gap[j];
     }
     sums[0] += gradient, sums[1] += inner, sums[4] += lag;
 }
 
-float squares(const float* place, int64_t from, int64_t to) {
+// Σplace².
+template <bool FREE> float squares(Stretch at, float mix, int64_t from, int64_t to) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = from; j < to; j++) sum += place[j] * place[j];
+    for (int64_t j = from; j < to; j++) {
+        float place = at.x[j];
+        if constexpr (FREE) place += mix * at.gap[j];
+        sum += place * place;
+    }
+    return sum;
+}
+
+// Σx: the same bits in both passes.
+__attribute__((noinline)) float added(const float* x, int64_t from, int64_t to) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = from; j < to; j++) sum += x[j];
     return sum;
 }
 
@@ -239,19 +241,20 @@ template <int KIND> inline void write_moments(const Stretch& at, int64_t j, floa
     if constexpr (KIND == MOMENTUM) at.m[j] = m1;
 }
 
-// The whole step of a rule without an average; returns Σplace'².
-template <int KIND, bool DECAYED, bool TANGENT> float advance(Stretch at, Adam adam, Mix by, int64_t from, int64_t to) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
+// The whole step of a rule without an average.
+template <int KIND, bool DECAYED, bool TANGENT> void advance(Stretch at, Adam adam, Mix by, int64_t from, int64_t to) {
+#pragma omp simd
     for (int64_t j = from; j < to; j++) {
         float m1, v1, z1;
         const float move = by.lr * step<KIND, DECAYED>(at, adam, by.decay, j, m1, v1), x1 = at.x[j] - move;
-        if constexpr (TANGENT) z1 = by.from_z * finite_or_zero(at.zx[j]) - move;
+        if constexpr (TANGENT) {
+            const float z = by.keep * finite_or_zero(at.zx[j]);
+            z1 = z - by.lr * by.decay * z - move;
+        }
         write_moments<KIND>(at, j, m1, v1);
         if constexpr (TANGENT) at.zx[j] = z1;
-        at.x[j] = x1, sum += x1 * x1;
+        at.x[j] = x1;
     }
-    return sum;
 }
 
 // For a rule with an average, the step at lr = 1 into `steps`, and the moments.
@@ -264,32 +267,36 @@ template <int KIND, bool DECAYED> void prepare(Stretch at, Adam adam, float deca
     }
 }
 
-// What follows from that; returns Σplace'².
-template <int RULE, int TANGENTS> float follow(Stretch at, Mix by, int64_t from, int64_t to, const float* steps) {
-    constexpr bool FREE = RULE != AVERAGED;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
+// What follows from that. The small changes of x are added up before x, so that nothing changes at lr = 0 and beta1 = 1.
+template <bool FREE, int TANGENTS> void follow(Stretch at, Mix by, int64_t from, int64_t to, const float* steps) {
+    const float left = 1 - by.share, decayed = by.lr * by.decay;
+#pragma omp simd
     for (int64_t j = from; j < to; j++) {
-        const float move = by.lr * steps[j - from], place = FREE ? at.place[j] : at.x[j], place1 = place - move;
-        float old, z1, za1;
-        if constexpr (RULE == RECOMPUTED) old = place + (at.x[j] - place) * by.unmix;
-        else old = at.average[j];
-        const float change = place1 - old, average1 = old + by.share * change;
-        if constexpr (TANGENTS != NONE) z1 = by.from_z * finite_or_zero(at.zx[j]) - move;
-        if constexpr (TANGENTS == OF_AVERAGE) {
-            const float tangent = finite_or_zero(at.za[j]);
-            if constexpr (FREE) z1 += by.from_a * tangent;
-            za1 = by.kept * tangent + by.share * z1;
-            if constexpr (FREE) za1 += by.zshare * change;
+        const float move = by.lr * steps[j - from], x = at.x[j];
+        float z1, za1;
+        if constexpr (FREE) {
+            const float gap = at.gap[j], moved = gap - move, gap1 = left * moved;
+            if constexpr (TANGENTS != NONE) {
+                const float z = by.keep * finite_or_zero(at.zx[j]), zgap = by.keep * finite_or_zero(at.za[j]), zmove = decayed * z + move;
+                za1 = left * (zgap - zmove) - by.zshare * moved;
+                z1 = z + (by.mix * zgap - zmove - by.beta * za1);
+                at.zx[j] = z1, at.za[j] = za1;
+            }
+            at.gap[j] = gap1;
+            at.x[j] = x + (by.mix * gap - move - by.beta * gap1);
+        } else {
+            const float old = at.average[j], x1 = x - move;
+            if constexpr (TANGENTS != NONE) {
+                const float z = by.keep * finite_or_zero(at.zx[j]);
+                z1 = z - decayed * z - move;
+                if constexpr (TANGENTS == OF_BOTH) za1 = by.keep * left * finite_or_zero(at.za[j]) + by.share * z1;
+                at.zx[j] = z1;
+                if constexpr (TANGENTS == OF_BOTH) at.za[j] = za1;
+            }
+            at.average[j] = old + by.share * (x1 - old);
+            at.x[j] = x1;
         }
-        if constexpr (TANGENTS != NONE) at.zx[j] = z1;
-        if constexpr (TANGENTS == OF_AVERAGE) at.za[j] = za1;
-        if constexpr (RULE != RECOMPUTED) at.average[j] = average1;
-        if constexpr (FREE) at.place[j] = place1;
-        at.x[j] = FREE ? place1 + by.beta * (average1 - place1) : place1;
-        sum += place1 * place1;
     }
-    return sum;
 }
 
 // Fetches what the second of these loops reads while the first computes.
@@ -298,7 +305,7 @@ struct Ahead {
     int count = 0;
 
     explicit Ahead(const Stretch& at) {
-        for (const float* p : {at.x, at.place, at.average, at.zx, at.za})
+        for (const float* p : {at.x, at.gap, at.average, at.zx, at.za})
             if (p) arrays[count++] = p;
     }
     void operator()(int64_t from, int64_t to) const {
@@ -316,9 +323,9 @@ template <class F> void choose_step(const Stretch& at, bool decay, F f) {
 }
 
 auto measured_of(const Stretch& at, const Pull& z, bool measure, bool decay, bool lags) {
-    auto found = unmeasured<NOTHING, UNASKED>;
+    auto found = unmeasured<NOTHING, false>;
     choose<NOTHING, ONE, BOTH>(z.second ? BOTH : z.first ? ONE : NOTHING, [&](auto through) {
-        choose<UNASKED, OF_STORED, OF_RECOMPUTED>(!lags ? UNASKED : at.average ? OF_STORED : OF_RECOMPUTED, [&](auto lag) {
+        choose<false, true>(lags, [&](auto lag) {
             found = unmeasured<through, lag>;
             if (measure) choose_step(at, decay, [&](auto kind, auto decayed) { found = measured<kind, decayed, through, lag>; });
         });
@@ -341,11 +348,9 @@ auto prepare_of(const Stretch& at, bool decay) {
 }
 
 auto follow_of(const Stretch& at) {
-    auto found = follow<AVERAGED, NONE>;
-    choose<AVERAGED, STORED, RECOMPUTED>(!at.place ? AVERAGED : at.average ? STORED : RECOMPUTED, [&](auto rule) {
-        choose<NONE, OF_PLACE, OF_AVERAGE>(!at.zx ? NONE : at.za ? OF_AVERAGE : OF_PLACE, [&](auto tangents) {
-            found = follow<rule, tangents>;
-        });
+    auto found = follow<false, NONE>;
+    choose<false, true>(at.gap != nullptr, [&](auto free) {
+        choose<NONE, OF_X, OF_BOTH>(!at.zx ? NONE : at.za ? OF_BOTH : OF_X, [&](auto tangents) { found = follow<free, tangents>; });
     });
     return found;
 }
@@ -463,20 +468,18 @@ extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int
         for (int64_t b = begin; b < end; b++) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
-            const Pull z(at, through);
+            const float mix = at.gap ? table.number(MIX, at.tensor) : 0;
+            const Pull z(at, mix, through);
             const bool lags = table.column(LAG, at.tensor);
             const auto measured = measured_of(at, z, measure, decay != 0, lags);
-            const float* place = at.place ? at.place : at.x;
+            const auto squares_of = at.gap ? squares<true> : squares<false>;
             double* found = partial + SUMS * b;
             std::fill(found, found + SUMS, 0.0);
             for (int64_t i = 0; i < at.n; i += SUM) {
                 const int64_t to = std::min(i + SUM, at.n);
                 measured(at, z, adam, decay, i, to, found);
-                if (measure == 1) found[2] += squares(place, i, to);
-            }
-            if (lags && !at.average) {  // place − average is (place − x) / mix
-                const float mix = table.number(MIX, at.tensor);
-                found[4] *= mix != 0 ? 1 / mix : 0;
+                if (measure) found[2] += squares_of(at, mix, i, to);
+                if (at.gap) found[5] += added(at.x, i, to);
             }
         }
     });
@@ -485,6 +488,7 @@ extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int
     sums[2] = std::sqrt(total(blocks, partial, 2));
     sums[3] = std::sqrt(total(blocks, partial, 3));
     sums[4] = total(blocks, partial, 4);
+    sums[5] = total(blocks, partial, 5);
 }
 
 extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
@@ -501,10 +505,9 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
             const Mix by(table, at.tensor, lr, keep, behind);
-            double& sum = partial[SUMS * b + 2] = 0;
-            if (!at.place && !at.average) {
+            if (!at.gap && !at.average) {
                 const auto advance = advance_of(at, by.decay != 0);
-                for (int64_t i = 0; i < at.n; i += SUM) sum += advance(at, adam, by, i, std::min(i + SUM, at.n));
+                for (int64_t i = 0; i < at.n; i += SUM) advance(at, adam, by, i, std::min(i + SUM, at.n));
                 continue;
             }
             const auto prepare = prepare_of(at, by.decay != 0);
@@ -517,8 +520,11 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
                     if (far) ahead(j, j + stride);
                     prepare(at, adam, by.decay, j, std::min(j + stride, to), steps + j - i);
                 }
-                sum += follow(at, by, i, to, steps);
+                follow(at, by, i, to, steps);
             }
+            double& sum = partial[SUMS * b + 5] = 0;
+            if (at.gap)
+                for (int64_t i = 0; i < at.n; i += SUM) sum += added(at.x, i, std::min(i + SUM, at.n));
         }
     });
     // Only now, as every block of a chunk has read them.
@@ -526,11 +532,11 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
         const int64_t tensor = head[h];
         const Mix by(table, tensor, lr, keep, behind);
         *table.column(T, tensor) += 1;
-        if (!table.column(PLACE, tensor)) continue;
+        if (!table.column(GAP, tensor)) continue;
         *table.column(WEIGHT, tensor) = by.weight;
         if (table.column(ZWEIGHT, tensor)) *table.column(ZWEIGHT, tensor) = by.zweight;
         *table.column(MIX, tensor) = by.beta;
         if (table.column(LAG, tensor)) *table.column(LAG, tensor) = by.lag, *table.column(LAG_SIZE, tensor) = by.lag_size;
     }
-    sums[2] = std::sqrt(total(blocks, partial, 2));
+    sums[5] = total(blocks, partial, 5);
 }

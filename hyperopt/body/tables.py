@@ -42,13 +42,12 @@ def columns(body: Any, buffer: Buffer) -> dict[Column, Tensor]:
     rule, state = body.rule, buffer.state
     found = {Column.M: state.get("m"), Column.V: state.get("v")} if computed(buffer) else {}
     if isinstance(rule, _ScheduleFree):
-        found |= {Column.PLACE: state["z"], Column.WEIGHT: state["weight"], Column.MIX: state["mix"]}
+        found |= {Column.GAP: state["gap"], Column.WEIGHT: state["weight"], Column.MIX: state["mix"]}
         found |= {Column.LAG: state.get("lag"), Column.LAG_SIZE: state.get("lag_size")}
-    if rule.average:
-        found[Column.AVERAGE] = state.get(rule.average)
+    found[Column.AVERAGE] = state.get("average")
     if body.tangents.names:
         z = buffer.tangents["lr"]
-        found |= {Column.ZX: z[rule.moved], Column.ZA: z.get(str(rule.average)), Column.ZWEIGHT: z.get("weight")}
+        found |= {Column.ZX: z["x"], Column.ZA: z.get("gap", z.get("average")), Column.ZWEIGHT: z.get("weight")}
     found[Column.T] = buffer.t
     return {column: kept for column, kept in found.items() if kept is not None}
 

@@ -3,7 +3,8 @@ from dataclasses import dataclass
 from torch import Tensor, lerp, maximum
 
 from ..domains import Positive, UnitInterval
-from ..rule import State, Values, Variant, hyper, root, square
+from ..rule import State, Values, hyper, root, square
+from ..variant import Variant
 from .moments import Moments
 
 

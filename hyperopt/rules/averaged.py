@@ -42,9 +42,9 @@ def Averaged(base: Any, *, decay: float | None = None) -> Any:
 @cache
 def _averaged(base: Any) -> type[Rule]:
     plain = base() if callable(base) else None
-    if isinstance(plain, Rule) and plain.average:
+    if isinstance(plain, Rule) and plain.averages:
         raise TypeError(f"Averaged takes a rule that does not average by itself, got {type(plain).__name__}")
-    inherited = ("elementwise", "parts", "trust", "horizon", "first_moment", "moved", "decoupled")
+    inherited = ("elementwise", "parts", "trust", "horizon", "first_moment", "decoupled")
     made = compose(_Averaged, _averaged, base, also={"decay": hyper(0.98, UnitInterval())}, inherited=inherited)
     if isinstance(plain, Rule) and overrides(plain, "update"):
         setattr(made, "update", _update)  # noqa: B010 - `update` is not a field
@@ -52,7 +52,7 @@ def _averaged(base: Any) -> type[Rule]:
 
 
 class _Averaged(Composed):
-    average = "average"
+    averages = True
     own = ("average",)
     if TYPE_CHECKING:
         decay: float

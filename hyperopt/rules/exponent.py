@@ -3,7 +3,8 @@ from dataclasses import dataclass
 from torch import Tensor, lerp, maximum
 
 from ..domains import Positive, UnitInterval
-from ..rule import State, Values, Variant, hyper, power
+from ..rule import State, Values, hyper, power
+from ..variant import Variant
 from .moments import Moments
 
 

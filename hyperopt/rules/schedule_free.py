@@ -4,10 +4,11 @@ import dataclasses
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, dot, finfo, lerp
 
 from ..domains import UnitInterval
-from ..rule import Rule, State, Values, hyper, interpolated, overrides
+from ..rule import Rule, State, Values, hyper, overrides
 from .composition import Composed, compose
 
 MEMORY = 0.98  # of the mean that says whether the average lags behind
@@ -69,7 +70,7 @@ def ScheduleFree(base: Any) -> type[Rule]:
     Hyper('ScheduleFree(Adam)(lr=0.01) / Adam')
     """
     plain = base() if callable(base) else None
-    if not isinstance(plain, Rule) or not plain.first_moment or plain.average:
+    if not isinstance(plain, Rule) or not plain.first_moment or plain.averages:
         raise TypeError(f"ScheduleFree takes a rule with a first moment that it can leave out, such as Adam or SGD, got {base!r}")
     if overrides(plain, "update"):
         raise TypeError(f"ScheduleFree takes the direction of a rule, and {type(plain).__name__} defines update: define direction instead")
@@ -86,10 +87,9 @@ class _ScheduleFree(Composed):
     # Through the average lr rises for longer. Validation error of MNIST (24 runs) and ResNet-20 (3, 2, 2): 2.65 and 27.5 % with 1000,
     # 2.57 and 27.5 with 500, 2.52 and 30.7 with 300.
     horizon = 500.0
-    moved = "z"
-    average = "average"
+    averages = gapped = True
     decoupled = True
-    own = ("z", "average", "weight", "mix", "lag", "lag_size")
+    own = ("gap", "weight", "mix", "lag", "lag_size")
     if TYPE_CHECKING:
         forget: float
 
@@ -102,13 +102,18 @@ class _ScheduleFree(Composed):
 
     def init(self, x: Tensor) -> State:
         numbers = ("weight", "mix", *(("lag", "lag_size") if self.forget else ()))
-        return {**self.inner.init(x), "z": x.clone(), "average": x.clone(), **{name: x.new_zeros(()) for name in numbers}}
+        return {**self.inner.init(x), "gap": torch.zeros_like(x), **{name: x.new_zeros(()) for name in numbers}}
 
-    def total(self, g: Tensor, x: Tensor, state: State) -> Tensor | None:
-        return dot(g.reshape(-1), (state["z"] - state["average"]).reshape(-1)) if self.forget else None
+    @property
+    def totals(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.forget > 0
+
+    def total(self, g: Tensor, x: Tensor, state: State) -> Tensor:
+        return dot(g.reshape(-1), state["gap"].reshape(-1))
 
     def after(self, place: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         z, state = self.inner.after(place, state, self._seen(h), t)
+        gap = state["gap"] if z is place else state["gap"] + (z - place)
         past = state["weight"]
         if self.forget:
             lag = lerp(state["lag"], h.total, 1 - MEMORY)
@@ -116,7 +121,5 @@ class _ScheduleFree(Composed):
             past = past * (1 - self.forget * (-lag / size.clamp_min(finfo(size.dtype).tiny)).clamp_min(0))
             state = {**state, "lag": lag, "lag_size": size}
         weight = past + h.lr * h.lr
-        share = h.lr * h.lr / weight.clamp_min(finfo(weight.dtype).tiny)
-        average = lerp(state["average"], z, share)
-        state = {**state, "z": z, "average": average, "weight": weight, "mix": h.beta1.expand_as(weight)}
-        return interpolated(self, state), state
+        gap = gap * (1 - h.lr * h.lr / weight.clamp_min(finfo(weight.dtype).tiny))
+        return z - h.beta1 * gap, {**state, "gap": gap, "weight": weight, "mix": h.beta1.expand_as(weight)}

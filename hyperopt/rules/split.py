@@ -75,7 +75,7 @@ def _plain(base: Any) -> Rule:
     plain = base() if callable(base) else None
     if not isinstance(plain, Rule):
         raise TypeError(f"Split takes two rules, such as Muon and Adam, by their classes, got {base!r}: values go behind it")
-    if plain.average or plain.parts or any(overrides(plain, name) for name in ("update", "after")):
+    if plain.averages or plain.parts or any(overrides(plain, name) for name in ("update", "after")):
         raise TypeError(f"Split takes rules that give a direction alone, got {type(plain).__name__}: an average goes around both")
     return plain
 
