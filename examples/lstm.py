@@ -2,7 +2,7 @@
 
     python -m examples.lstm --optimizer hyperopt
 
-RESULT
+Minutes on one core of a busy machine: 1.5, with SGD 1.3. Test perplexity: 239, with SGD 250 (means of 2 seeds).
 """
 
 import math

@@ -2,7 +2,7 @@
 
     python -m examples.reinforce --optimizer hyperopt
 
-RESULT
+Minutes on one core of a busy machine: 0.4, with Adam 0.5. Steps of an episode: 492, with Adam 496 (means of 2 seeds).
 """
 
 import math

@@ -2,7 +2,7 @@
 
     python -m examples.vae --optimizer hyperopt
 
-RESULT
+Minutes on one core of a busy machine: 2.5, with Adam 2. Negative ELBO of a test image: 103.7 nats, with Adam 105.5 (seed 0).
 """
 
 from contextlib import nullcontext

@@ -5,7 +5,7 @@
 Five steps of the critic to one of the generator. Measured is the sliced Wasserstein distance to images of the test set: that of the
 projections onto 256 random directions, on average.
 
-RESULT
+Minutes on one core of a busy machine: 0.7, with RMSprop 0.6. Distance: 0.119, with RMSprop 0.156 (means of 2 seeds); of real images 0.036.
 """
 
 from typing import Annotated, Literal
