@@ -2,7 +2,8 @@
 
     python -m examples.lstm --optimizer hyperopt
 
-Minutes on one core of a busy machine: 1.5, with SGD 1.3. Test perplexity: 239, with SGD 250 (means of 2 seeds).
+Minutes on one core of a busy machine: 1.5, with SGD 1.3. Test perplexity: 239, with SGD 250 (means
+of 2 seeds); after 6 epochs 353 and 196 (1 seed), when hyperopt.auto has learned the text by heart.
 """
 
 import math
