@@ -62,4 +62,4 @@ lint: $(VENV)/.dev  ## ruff and pyright
 
 clean:  ## remove what was installed, built and cached; runs/ and data/ stay
 	rm -rf $(VENV) build dist docs/_build hyperopt/body/_passes*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find hyperopt experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hyperopt experiments examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
+FOLDERS = [ROOT / name / "README.md" for name in ("experiments", "examples")]
 MODULES = ["hyperopt", *(m.name for m in pkgutil.walk_packages(hyperopt.__path__, "hyperopt.") if not m.name.endswith("._passes"))]
 FRAMEWORKS = {"hyperopt.integrations.lightning": "lightning", "hyperopt.integrations.transformers": "transformers"}
 NEEDS = re.compile(r"\A<!-- needs: (.+) -->\n")  # the first line of a page whose blocks run only where these packages are installed
@@ -95,7 +96,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "experiments" / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *FOLDERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_their_anchors_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", FENCED.sub("", page.read_text())):
         path, _, anchor = target.partition("#")
