@@ -25,7 +25,7 @@ SHARED = [[3, 40_001], [1, 1024, 17]]  # enough for two threads
 FAR = [[3], [1_100_001]]  # enough for fetching ahead
 STEPS = 5
 RULES = ["plain", "averaged", "averaged untold", "free", "free, forgetting"]
-NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE]
+NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE, Column.DECAY]
 KEEP = 0.9
 FORGET, THROUGH = 0.3, 0.6
 
@@ -106,6 +106,8 @@ class Weights:
         sizes = [size for chunk in self.chunks for size in chunk]
         self.tensors = {column: [unaligned(size) for size in sizes] for column in self.case.columns()}
         self.numbers = [{column: torch.zeros(()) for column in NUMBERS} for _ in self.chunks]
+        for i, numbers in enumerate(self.numbers):
+            numbers[Column.DECAY].fill_(self.case.decay / (1 + i))
         self.heads = torch.tensor([0, *itertools.accumulate(len(chunk) for chunk in self.chunks[:-1])])
         self.values = [torch.zeros(()) for _ in Value]
         blocks = [(i, at, min(BLOCK, size - at)) for i, size in enumerate(sizes) for at in range(0, size, BLOCK)]
@@ -121,11 +123,12 @@ class Weights:
             return self.tensors[column][i].data_ptr() if column in self.tensors else None
         free = Column.GAP in self.tensors and (self.case.learned or column != Column.ZWEIGHT)
         free = free and (self.case.forgets or column not in (Column.LAG, Column.LAG_SIZE))
-        return self.numbers[self.owner[i]][column].data_ptr() if free or column == Column.T else None
+        there = self.case.decay != 0 if column == Column.DECAY else free or column == Column.T
+        return self.numbers[self.owner[i]][column].data_ptr() if there else None
 
     def set(self, h: Hypers) -> None:
         options = [FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]
-        for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, self.case.decay, h.beta, h.rest_decay, *options], strict=True):
+        for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, h.beta, h.rest_decay, *options], strict=True):
             value.fill_(number)
 
     def look(self, measure: int, threads: int = 1) -> list[float]:
@@ -185,7 +188,7 @@ class Reference:
     def __init__(self, made: Weights, i: int) -> None:
         self.case, numbers = made.case, made.numbers[made.owner[i]]
         self.has = {column: tensors[i].double() for column, tensors in made.tensors.items()}
-        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size = (numbers[column].double() for column in NUMBERS)
+        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size, self.decay = (numbers[column].double() for column in NUMBERS)
         self.free = Column.GAP in self.has
         x = self.has[Column.X]
         zeros = torch.zeros_like(x)
@@ -210,7 +213,7 @@ class Reference:
         return m_hat / ((v / (1 - (1 - h.rest2) ** t)).sqrt() + h.eps), m, v
 
     def look(self, g: Tensor, d: Tensor | None, h: Hypers) -> list[Tensor]:
-        s = self.direction(g, d, h)[0] + self.case.decay * self.x(self.place, self.average, self.mix)
+        s = self.direction(g, d, h)[0] + self.decay * self.x(self.place, self.average, self.mix)
         tangent = self.za if self.free else self.z
         if self.case.forgets:
             tangent = THROUGH * self.za + (1 - THROUGH) * self.z
@@ -229,7 +232,7 @@ class Reference:
             lr = forward_ad.make_dual(torch.tensor(h.lr).double().log(), torch.ones(()).double()).exp()
             place, average = forward_ad.make_dual(self.place, KEEP * self.z), forward_ad.make_dual(self.average, KEEP * self.za)
             weight = past * forward_ad.make_dual(self.weight, KEEP * self.zweight) + lr**2
-            place = place - lr * (d + self.case.decay * self.x(place, average, self.mix))
+            place = place - lr * (d + self.decay * self.x(place, average, self.mix))
             share = lr**2 / weight if self.free else h.rest_decay / (1 - decay**t)
             average = average + share * (place - average)
             (self.place, self.z), (self.average, self.za), (self.weight, self.zweight) = (

@@ -50,7 +50,6 @@ class Eager:
         self.projects = part.trust is not None and "lr" in learned
         self.limit = part.trust if part.level and not self.projects else None  # on each move, where lr is not there to be projected
         self.updates, self.couples = overrides(rule, "update"), rule._couples()
-        self.decays = rule._decays() and not self.couples
         plain = not learned and not self.updates and not overrides(rule, "after") and part.feasible is None
         self.simple = self.tangents.closed or plain  # x and Z move in place
         self.kernel = kernel if self.simple and not part.compiled else None
@@ -141,7 +140,7 @@ class Eager:
             move, lr = x1 - place, None
         else:
             d, own = self.direction(block, h, ok, lasting=True)
-            move, lr = self.rule._step(block.x, d, h, block.t) if self.decays else d, h.lr
+            move, lr = block.buffer.rule._step(block.x, d, h, block.t), h.lr
             dear = self.kernel or self.mode == WHOLE or not block.buffer.rule.elementwise  # products of matrices, or at hand anyway
             if self.tangents.fixed and (dear or (self.mode == EAGER and block.buffer.numel < block.buffer.block)):
                 block.made = d, own
@@ -178,12 +177,13 @@ class Eager:
         """
         h, x = self.h(block, r), None
         d, own = block.made or self.direction(block, h, ok)
-        step = self.rule._step(block.x, d, h, block.t) if self.decays else d
+        rule = block.buffer.rule
+        step = rule._step(block.x, d, h, block.t)
         if r:
             z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
             self.arithmetic.restart(z)
-            if self.decays:
-                keep = keep * (1 - h.lr * self.rule._decay(h, block.t))
+            if rule._decays():
+                keep = keep * (1 - h.lr * rule._decay(h, block.t))
             self.arithmetic.displace(block.x, z, step, h.lr, keep, ok.to(block.t))
         else:
             move = step * h.lr

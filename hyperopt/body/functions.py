@@ -35,6 +35,7 @@ class Column(IntEnum):
     MIX = 12  # ScheduleFree's beta1 of the step before
     LAG = 13  # mean of <g, gap>; null: its average does not forget
     LAG_SIZE = 14  # mean of |<g, gap>|
+    DECAY = 15  # decoupled weight decay; null: none
 
 
 class Value(IntEnum):
@@ -43,11 +44,10 @@ class Value(IntEnum):
     REST1 = 0  # 1 − beta1
     REST2 = 1  # 1 − beta2
     EPS = 2
-    WEIGHT_DECAY = 3  # decoupled
-    BETA = 4  # ScheduleFree's beta1
-    REST_DECAY = 5  # 1 − decay of Averaged
-    FORGET = 6  # ScheduleFree's forget
-    THROUGH = 7  # ScheduleFree's through; null: 1
+    BETA = 3  # ScheduleFree's beta1
+    REST_DECAY = 4  # 1 − decay of Averaged
+    FORGET = 5  # ScheduleFree's forget
+    THROUGH = 6  # ScheduleFree's through; null: 1
 
 
 def block(elements: int) -> int:

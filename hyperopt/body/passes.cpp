@@ -31,8 +31,8 @@
 namespace {
 
 // Columns of `tensors` and indices of `values`; functions.py has the same names in the same order.
-enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE };
-enum Value { REST1, REST2, EPS, WEIGHT_DECAY, BETA, REST_DECAY, FORGET, THROUGH };
+enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE, DECAY };
+enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH };
 
 constexpr int SUMS = 6;               // that `look` makes
 constexpr float MEMORY = 0.98f;       // of the mean that says whether an average lags behind, as in schedule_free.py
@@ -131,7 +131,7 @@ struct Mix {
     float share = 0, zshare = 0;    // c in a' = a + c·(place' − a), and its tangent
 
     Mix(const Table& table, int64_t tensor, float step, float kept, float behind)
-        : lr(step), decay(table.value(WEIGHT_DECAY)), beta(table.value(BETA)), keep(kept) {
+        : lr(step), decay(table.number(DECAY, tensor)), beta(table.value(BETA)), keep(kept) {
         if (table.column(GAP, tensor)) {
             float square = lr * lr;
             mix = table.number(MIX, tensor);
@@ -462,13 +462,13 @@ extern "C" uint32_t source() { return SOURCE; }
 extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
                      const float* const* values, double* partial, float* sums) {
     const Table table{block, count, tensors, values};
-    const float decay = table.value(WEIGHT_DECAY), through = values[THROUGH] ? *values[THROUGH] : 1;
+    const float through = values[THROUGH] ? *values[THROUGH] : 1;
     for_blocks(threads, blocks, block, [&](int64_t begin, int64_t end) {
         Scalars scalars(table);
         for (int64_t b = begin; b < end; b++) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
-            const float mix = at.gap ? table.number(MIX, at.tensor) : 0;
+            const float mix = at.gap ? table.number(MIX, at.tensor) : 0, decay = table.number(DECAY, at.tensor);
             const Pull z(at, mix, through);
             const bool lags = table.column(LAG, at.tensor);
             const auto measured = measured_of(at, z, measure, decay != 0, lags);

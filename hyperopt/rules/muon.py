@@ -36,6 +36,9 @@ class Muon(Rule, metaclass=Splits):
         u = a·u + (1 − a)·‖n‖²,   û = u / (1 − a^t)
         v = b·v + (1 − b)·‖n‖²,   v̂ = v / (1 − b^t)         the step is √(û / v̂) times as large
 
+    With smoothing = a, g is replaced by the mean of the last few gradients, (1 − a)·Σ aᵏ·g of k steps ago, with the correction of bias.
+    Where momentum is left out, as under `ScheduleFree`, this takes noise off before it is made as large as everything else.
+
     A convolution filter is the matrix (out, in·k²). A vector is a matrix with one column: its step is along its gradient, normalised. A
     tensor may hold several matrices, one below the other: a parameter group's entry `blocks` says how many, for all tensors or each, and
     `bind(model)` finds them. Embeddings, the output head, norms and biases are usually better served by Adam, in the same tower:
@@ -49,6 +52,7 @@ class Muon(Rule, metaclass=Splits):
         adjust_lr_fn: the scale of U·Vᵀ: "match_rms_adamw", default, as above; "original", √max(1, A/B), which torch takes if nothing is
             said; or "spectral_unclamped", √(A/B).
         norm_decays: a and b, in (0, 1), or None, default: no such factor.
+        smoothing: a, in [0, 1), default 0: none. Not learned.
         ns_steps: number of Newton-Schulz steps, default 5.
         ns_coefficients: a, b, c, default Jordan's (3.4445, −4.775, 2.0315).
         rows: orthogonalise blocks of at most this many rows by themselves where both sides of a matrix are longer. The cost is then
@@ -72,6 +76,7 @@ class Muon(Rule, metaclass=Splits):
     nesterov: bool = True
     adjust_lr_fn: str = "match_rms_adamw"
     norm_decays: tuple[float, float] | None = None
+    smoothing: float = 0.0
     ns_steps: int = 5
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
     rows: int | None = None
@@ -90,16 +95,23 @@ class Muon(Rule, metaclass=Splits):
         pair = isinstance(decays, tuple) and len(decays) == 2 and all(type(d) is float and 0 < d < 1 for d in decays)
         if decays is not None and not pair:
             raise ValueError(f"Muon(norm_decays={decays!r}) must be None or two floats between 0 and 1, such as (0.9, 0.999)")
+        if type(self.smoothing) not in (int, float) or not 0 <= self.smoothing < 1:
+            raise ValueError(f"Muon(smoothing={self.smoothing!r}) must be a number from 0 on and below 1")
         numbers = self.ns_coefficients
         if not isinstance(numbers, tuple) or [type(c) for c in numbers] != [float] * 3:
             raise ValueError(f"Muon(ns_coefficients={numbers!r}) must be three floats, such as (3.4445, -4.775, 2.0315)")
 
     def init(self, x: Tensor) -> State:
         m = {"m": x.new_zeros(x.shape)} if self.momentum != 0 else {}
+        m |= {"smoothed": x.new_zeros(x.shape)} if self.smoothing else {}
         return m | ({"norm_now": x.new_zeros(()), "norm": x.new_zeros(())} if self.norm_decays else {})
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        n, new = g, {}
+        new: State = {}
+        if self.smoothing:
+            new["smoothed"] = lerp(state["smoothed"], g, 1 - self.smoothing)
+            g = new["smoothed"] / -expm1(t * math.log(self.smoothing))
+        n = g
         if self.momentum != 0:
             m = new["m"] = lerp(state["m"], g, h.one_minus("momentum"))
             n = lerp(g, m, h.momentum) if self.nesterov else m
