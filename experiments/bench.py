@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Adam as TorchAdam
 from tqdm import tqdm
 
+import hyperopt
 from experiments import cli, plots, provenance, store
 from experiments.workloads import WORKLOADS
 from hyperopt import Hyper
@@ -72,6 +73,8 @@ TRAININGS = {
     "LSTM 2×128, 32×64": "r12",
     "GPT 4×128, 32×128": "gpt",
 }
+RECOMMENDED = [REFERENCE, "hyperopt.auto", "hyperopt.auto, compiled"]
+RECOMMENDED_TRAININGS = {"MLP, batch 256": "m3", "CNN, batch 128": "cnn", "GPT 4×128, 32×128": "gpt"}
 HEIGHTS = (0, 1, 2, 3, 5, 10)
 COMPILE = {"65 tensors × 4,200": [4_200] * 65, "150 tensors, 50 of 300,000": [2_000] * 100 + [300_000] * 50}
 
@@ -130,7 +133,7 @@ def training_step(name: str, workload: str, device: str) -> Step:
         text = torch.randint(alphabet, (50, task.batch, task.length + 1), device=device)
         xs, ys = text[..., :-1], text[..., 1:]
     else:
-        shape = (3, 32, 32) if workload == "c3" else (784,)
+        shape = {"c3": (3, 32, 32), "cnn": (1, 28, 28)}.get(workload, (784,))
         xs, ys = torch.rand(50, task.batch, *shape, device=device), torch.randint(10, (50, task.batch), device=device)
 
     def loss(call: Any, at: int) -> Tensor:
@@ -138,7 +141,9 @@ def training_step(name: str, workload: str, device: str) -> Step:
 
     if name == "gdtuo":
         return ultimate(model, loss)
-    stepped, at = optimizer(name, model.parameters()), 0
+    # hyperopt.auto reads from the module which tensors are hidden matrices.
+    stepped = hyperopt.auto(model, compile="compiled" in name) if name.startswith("hyperopt.auto") else optimizer(name, model.parameters())
+    at = 0
 
     def step() -> None:
         nonlocal at
@@ -296,6 +301,14 @@ def part_trainings(device: str, blocks: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def part_recommended(device: str, blocks: int, seconds: float) -> dict[str, Any]:
+    """The whole training step with the recommended optimizer."""
+    return {
+        title: interleaved(lambda name, w=workload: training_step(name, w, device), RECOMMENDED, 2 * blocks, 2 * seconds, device)
+        for title, workload in tqdm(RECOMMENDED_TRAININGS.items(), desc="hyperopt.auto", unit="model", disable=None)
+    }
+
+
 def part_heights(device: str, blocks: int, seconds: float) -> dict[str, Any]:
     """The MLP's training step against the height of the tower."""
     names = [REFERENCE, *(f"height {h}{how}" for how in ("", ", compiled") for h in HEIGHTS)]
@@ -318,7 +331,14 @@ def part_compile(device: str, *_: Any) -> dict[str, Any]:
     }
 
 
-PARTS = {"steps": part_steps, "trainings": part_trainings, "heights": part_heights, "memory": part_memory, "compile": part_compile}
+PARTS = {
+    "steps": part_steps,
+    "trainings": part_trainings,
+    "recommended": part_recommended,
+    "heights": part_heights,
+    "memory": part_memory,
+    "compile": part_compile,
+}
 
 
 # ---- tables and figure
@@ -350,6 +370,8 @@ def table(result: dict[str, Any]) -> str:
         lines += ["By words moved (read or written, 7 for Adam) learning lr takes 11: a ratio of 1.57; with trust 14: 2.", ""]
     if "trainings" in result:
         ratios("Training step", result["trainings"], [n for n in EVERYTHING if "trust" not in n])
+    if "recommended" in result:
+        ratios("Training step with the recommended optimizer", result["recommended"], RECOMMENDED)
     if "heights" in result:
         rows = result["heights"]
         columns = {

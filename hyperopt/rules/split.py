@@ -32,7 +32,8 @@ def Split(first: Any, second: Any) -> type[Rule]:
 
     The hyperparameters are those of both. What both have is one hyperparameter, with the default and domain of `second`: lr above all,
     which must therefore mean the same to `first`, as it does to Muon. Weight decay is decoupled, and for both, unless the option `decayed`
-    names one of them: `(Muon | Adam)(weight_decay=0.1, decayed="Muon")`. Above level 0, where vectors are stepped, `second` serves. `ScheduleFree(Muon | Adam)` leaves out the first moments of both.
+    names one of them: `(Muon | Adam)(weight_decay=0.1, decayed="Muon")`. Above level 0, where vectors are stepped, `second` serves.
+    `ScheduleFree(Muon | Adam)` leaves out the first moments of both.
 
     Args:
         first: the class of a rule for matrices, or a variant of one.
