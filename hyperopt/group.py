@@ -213,6 +213,7 @@ class Group:
                 node.q = {}
         for name, value in self.live.items():
             self.versions[name] = value._version
+        self.origin.note()
 
     def average(self, p: Tensor) -> Tensor | None:
         """The weights to evaluate a parameter with, where those are not its own."""

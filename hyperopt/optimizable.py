@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .guards import Guards, is_finite
 from .hyperparameter import Hyperparameters, Raw, joined
+from .rule import bound
 
 if TYPE_CHECKING:
     from .body.eager import Eager
@@ -80,5 +81,6 @@ class Optimizable:
 
 
 def side_by_side(q: Raw, names: Sequence[str]) -> Tensor:
-    """The hypergradients of `names` as the gradient of the node that learns them; 0 where one is not finite."""
-    return joined(q, names).nan_to_num(0.0, 0.0, 0.0)
+    """The hypergradients of `names` as the gradient of the node that learns them: bounded as any gradient, 0 where one is not finite."""
+    gradient = joined(q, names).nan_to_num(0.0, 0.0, 0.0)
+    return gradient.clamp(-bound(gradient.dtype), bound(gradient.dtype))

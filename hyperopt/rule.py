@@ -250,6 +250,12 @@ def square(g: Tensor) -> Tensor:
     return (g * g).clamp_max(torch.finfo(g.dtype).max)
 
 
+def bound(dtype: torch.dtype) -> float:
+    """The size that an element of a gradient counts as at most: 2^63 in float32. Four of its squares have a finite sum, and the difference
+    of two of them is far from where numbers end."""
+    return torch.finfo(dtype).max ** 0.5 / 2
+
+
 def power(a: Tensor, p: Tensor) -> Tensor:
     """a^p for a ≥ 0 and a learned p: finite, with finite derivatives at a = 0, where those of a^p are infinite or NaN.
 

@@ -27,7 +27,7 @@ class Native(Eager):
     """The passes of passes.cpp, for every rule of which lr alone is learned, or nothing, and does not enter the direction.
 
     The first pass runs in `begin` and the second in `finish`, so that what lies between them is numbers, which can be compiled. A step for
-    which memory does not lie as it has to is taken by the eager body.
+    which memory does not lie as it has to, or in which a sum of squares overflows, is taken by the eager body.
 
     Args:
         part: as for `Eager`.
@@ -161,7 +161,8 @@ class Passes:
         return self.places == self._places()
 
     def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> bool:
-        """Write to `sums`: is Σg finite, Σg·Z, and for trust ‖x‖ and ‖step‖ at lr = 1; False where memory does not lie as it must."""
+        """Write to `sums`: is Σg finite, Σg·Z, and for trust ‖x‖ and ‖step‖ at lr = 1; False where memory does not lie as it must, or a sum
+        overflows."""
         gs = [g for each in grads for g in each]
         for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
             same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
@@ -174,7 +175,9 @@ class Passes:
         self.pointers[: 2 * self.count] = x_pointers + g_pointers
         if any(self.told):
             self._give(grads, directions, body)
-        self.functions.look(torch.get_num_threads(), *self.look_at)
+        if self.functions.look(torch.get_num_threads(), *self.look_at):
+            self.given = []
+            return False
         return True
 
     def take(self, body: Any) -> None:
@@ -183,7 +186,7 @@ class Passes:
         torch.autograd.graph.increment_version(self.tensors)  # as every operation of torch's own would
         for buffer, _, own in self.given:
             for key, new in own.items():
-                Selected.write(buffer.state[key], new, body.orders[0])
+                Selected.write(buffer.state[key], new, body.orders[0] > 0)
         self.given = []
 
     def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> None:
