@@ -1,6 +1,7 @@
 """How a step writes: a step that does not count is computed like any other, and changes nothing."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,25 +47,25 @@ class OnHost:
         return square.sqrt()
 
     @staticmethod
-    def write(buffer: Tensor, new: Tensor, counts: bool) -> None:
+    def write(buffer: Tensor, new: Tensor, counts: Any) -> None:
         """buffer = new where the step counts."""
         if counts:
             buffer.copy_(new)
 
     @staticmethod
-    def restart(z: Tensor, counts: bool) -> None:
+    def restart(z: Tensor, counts: Any) -> None:
         """Set the elements of a tangent that are not finite to zero."""
         if counts:
             z.nan_to_num_(0.0, 0.0, 0.0)
 
     @staticmethod
-    def descend(x: Tensor, move: Tensor, counts: bool) -> None:
+    def descend(x: Tensor, move: Tensor, counts: Any) -> None:
         """x −= move, in place."""
         if counts:
             x.sub_(move)
 
     @staticmethod
-    def displace(x: Tensor, z: Tensor, step: Tensor, lr: Tensor, kept: Tensor, counts: bool) -> None:
+    def displace(x: Tensor, z: Tensor, step: Tensor, lr: Tensor, kept: Tensor, counts: Any) -> None:
         """x −= lr·step and z = kept·z − lr·step, in place; elements of z that are not finite count as zero."""
         if counts:
             z.nan_to_num_(0.0, 0.0, 0.0).mul_(kept).addcmul_(step, lr, value=-1)
@@ -102,20 +103,20 @@ class Selected:
         return torch.where(square <= torch.finfo(x.dtype).max, square.sqrt(), large)
 
     @staticmethod
-    def write(buffer: Tensor, new: Tensor, counts: Tensor) -> None:
+    def write(buffer: Tensor, new: Tensor, counts: Any) -> None:
         buffer.copy_(torch.where(counts, new, buffer))
 
     @staticmethod
-    def restart(z: Tensor, counts: Tensor) -> None:
+    def restart(z: Tensor, counts: Any) -> None:
         # Inductor does not vectorise nan_to_num.
         z.copy_(torch.where(counts & ~(z.abs() <= torch.finfo(z.dtype).max), 0.0, z))
 
     @staticmethod
-    def descend(x: Tensor, move: Tensor, counts: Tensor) -> None:
+    def descend(x: Tensor, move: Tensor, counts: Any) -> None:
         Selected.write(x, x - move, counts)
 
     @staticmethod
-    def displace(x: Tensor, z: Tensor, step: Tensor, lr: Tensor, kept: Tensor, counts: Tensor) -> None:
+    def displace(x: Tensor, z: Tensor, step: Tensor, lr: Tensor, kept: Tensor, counts: Any) -> None:
         sound = torch.where(z.abs() <= torch.finfo(z.dtype).max, z, 0.0)
         Selected.write(z, torch.addcmul(kept * sound, step, -lr), counts)
         Selected.write(x, torch.addcmul(x, step, -lr), counts)
