@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 DEMO_TOWER ?= Adam(lr=1e-6) / Adam
 EXPERIMENTS := mnist_table heights cifar char_rnn gpt exponent held_out
 JOBS ?= 2
+HYPEROPT_FUZZ ?= 100000
 # Not the results that are already there, which would be resumed: RESULTS=experiments/results fills in what is missing in these.
 RESULTS ?= runs/experiments
 # What is installed: packages, and the passes over the weights in C++.
@@ -12,7 +13,7 @@ SOURCES := setup.cfg pyproject.toml setup.py hyperopt/body/passes.cpp
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments figures docs test test-all lint clean
+.PHONY: help demo experiments figures docs test test-all fuzz lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +55,10 @@ test: $(VENV)/.dev  ## install everything, then run the tests
 
 test-all: $(VENV)/.dev  ## the tests, with those that take minutes
 	$(BIN)/python -m pytest -m ""
+
+# Other programs in every run; the tests have 1,000 that stay the same.
+fuzz: $(VENV)/.dev  ## random programs, 100,000 of them, over an hour on two cores; another number: make fuzz HYPEROPT_FUZZ=5000
+	HYPEROPT_FUZZ=$(HYPEROPT_FUZZ) $(BIN)/python -m pytest tests/test_properties.py
 
 lint: $(VENV)/.dev  ## ruff and pyright
 	$(BIN)/ruff check .

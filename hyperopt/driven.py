@@ -34,10 +34,10 @@ def _drive(driven: Driven, groups: Sequence[Group], every_call: int) -> None:
     if not grads:
         return
     # The one wait for the device: the other optimizer must not see a gradient that is not finite.
-    finite = all(bool(g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).isfinite()) for g in grads)
+    finite = all(bool(g.isfinite().all()) for g in grads)
     directions = {p: torch.zeros_like(p) for group in groups for p in group.params} | (driven.directions() if finite else {})
     active = [group for group in groups if group.collect(directions)]
-    fine = float(finite and all(bool(d.sum().isfinite()) for d in directions.values()))
+    fine = float(finite and all(bool(d.isfinite().all()) for d in directions.values()))
     ok = every(group.finite() for group in active) * fine
     for group in active:
         group.step(ok, every_call)

@@ -204,8 +204,8 @@ class Group:
         if self.tower["calls"] == 1:  # with tangents that are still 0 nothing was said of the values
             for node in self.nodes.values():
                 node.q = {}
-        for name, value in self.live.items():
-            self.versions[name] = value._version
+        self.versions |= {name: value._version for name, value in self.live.items()}
+        self.origin.note()
 
     @torch.no_grad()
     def follow_edits(self) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .body.arithmetic import bound
 from .guards import Guards, is_finite
 from .hyperparameter import Hyperparameters, Raw, joined
 
@@ -80,5 +81,6 @@ class Optimizable:
 
 
 def side_by_side(q: Raw, names: Sequence[str]) -> Tensor:
-    """The hypergradients of `names` as the gradient of the node that learns them; 0 where one is not finite."""
-    return joined(q, names).nan_to_num(0.0, 0.0, 0.0)
+    """The hypergradients of `names` as the gradient of the node that learns them: bounded as any gradient, 0 where one is not finite."""
+    gradient = joined(q, names).nan_to_num(0.0, 0.0, 0.0)
+    return gradient.clamp(-bound(gradient.dtype), bound(gradient.dtype))

@@ -104,8 +104,10 @@ def check_scheduler(spec: Level, schedule: bool) -> None:
 
 
 def sizes(spec: Level, params: Sequence[Tensor]) -> dict[str, int | None]:
-    """How many values each hyperparameter of level 0 has; None for one."""
+    """How many values each hyperparameter of level 0 has, None for one; raises where it would have none."""
     several = None if spec.per == "group" else len(params) if spec.per == "tensor" else sum(p.numel() for p in params)
+    if several == 0 and spec.learning:
+        raise ValueError("per = 'coordinate' learns a value for each element, and the parameters of a group have none: give per = 'tensor'")
     return {name: several if name in spec.learning else None for name in spec.rule.declared()}
 
 

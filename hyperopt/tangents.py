@@ -1,6 +1,7 @@
 """Z = ∂x/∂r of any update: forward derivatives, carried from step to step."""
 
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -15,6 +16,8 @@ from .rule import Rule, State, overrides
 
 Raw = dict[str, Tensor]
 Point = tuple[Tensor, State]  # x and the state
+
+DUALS = threading.RLock()  # torch has one level of dual numbers for all threads: whoever makes some holds this
 
 
 class Tangents:
@@ -72,12 +75,6 @@ class Tangents:
                 found = {"x": z, **({key: pair.tangent for key, pair in zip(s1, rest, strict=True)} if self.gamma else {})}
                 tangents.append({key: tangent for key, tangent in found.items() if tangent is not None})
         return news, tangents
-
-
-def pushed(function: Callable[[State], Tensor], state: State, tangents: Mapping[str, Tensor], *, views: bool = False) -> Tensor | None:
-    """The derivative of a function of the state along the tangents of the state; None where it is zero."""
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(function(_duals(state, tangents, views))).tangent
 
 
 def read_by_direction(rule: Rule) -> frozenset[str]:

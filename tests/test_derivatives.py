@@ -5,6 +5,7 @@ it received, held fixed, r_s are its raw hyperparameters at step s, and Î³ = 1 â
 """
 
 import dataclasses
+import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ H = 1e-3  # small, as few coordinates may pass a kink (a maximum, a clip) within
 STENCIL = {1: 45 / 60, 2: -9 / 60, 3: 1 / 60}  # central differences of order 6: the error is about H^6/140
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_level = pytest.mark.parametrize("level", LEVELS)
+# Of nine only six in every run, as what a horizon carries does not depend on the level; each horizon is among them, above level 0 too.
+SLOW = {(1, math.inf), (2, 1), (2, 10)}
+every_level_and_horizon = pytest.mark.parametrize(
+    ("level", "horizon"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair in SLOW)) for pair in itertools.product(LEVELS, HORIZONS)]
+)
 
 
 # ---- towers with one rule of the table at one level
@@ -203,8 +208,7 @@ def check(case, node, steps, horizon, indices=((),)):
 # ---- properties
 
 
-@pytest.mark.parametrize("horizon", HORIZONS)
-@every_level
+@every_level_and_horizon
 @every_case
 def test_all_learned(case, level, horizon):
     node, steps = run(case, tower(case, level, case.learnable, horizon=horizon), level)
@@ -212,8 +216,7 @@ def test_all_learned(case, level, horizon):
     check(case, node, steps, horizon)
 
 
-@pytest.mark.parametrize("horizon", HORIZONS)
-@every_level
+@every_level_and_horizon
 @every_case
 def test_lr_alone(case, level, horizon):
     spec = tower(case, level, "lr", horizon=horizon)
@@ -224,7 +227,7 @@ def test_lr_alone(case, level, horizon):
     close(reported(steps, "lr"), reported(general, "lr"), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("level", "trust"), [(0, None), (1, None), (2, None), (0, 3e-3)])
+@pytest.mark.parametrize(("level", "trust"), [(0, None), (1, None), pytest.param(2, None, marks=pytest.mark.slow), (0, 3e-3)])
 @pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])
 @every_case
 def test_graph_is_the_same_at_horizon_1(case, level, alone, trust):

@@ -113,14 +113,14 @@ TOWERS = [
 ]
 
 
-@pytest.mark.parametrize("text", TOWERS)
+@pytest.mark.parametrize(("text", "backend"), [*zip(TOWERS, (TRACE, GRAPH, TRACE, GRAPH, TRACE, TRACE), strict=True)])
 @pytest.mark.usefixtures("generic")
-def test_stage_by_stage(text, monkeypatch):
+def test_stage_by_stage(text, backend, monkeypatch):
     """As models with many large tensors are compiled: each stage once for all chunks that look alike."""
     monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
     monkeypatch.setattr("hyperopt.body.choose.LARGE", 1)
     monkeypatch.setattr("hyperopt.body.choose.LARGE_FUSED", 1)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=GRAPH))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     eager, fused = (bound(text, compile=c) for c in (False, True))
     train(STEPS, eager, fused)
     assert_equal(eager, fused, torch.float32)
@@ -256,7 +256,8 @@ def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
         assert_equal(eager, fused, torch.float32)
 
 
-@pytest.mark.parametrize("whole", [3, 0])
+# Stage by stage the code is found by the same key, and traced for a minute.
+@pytest.mark.parametrize("whole", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_what_changes_between_steps(whole, monkeypatch):
     """Levels above that step now and then, parameters without a gradient, weights and gradients that lie otherwise in memory."""
     monkeypatch.setattr("hyperopt.body.choose.PIECES", whole)
@@ -288,7 +289,8 @@ def test_what_changes_between_steps(whole, monkeypatch):
 
 
 @pytest.mark.usefixtures("generic")
-@pytest.mark.parametrize("missing", [(3, 3), (0, 3)], ids=["one chunk less", "another chunk less"])
+# The second has what the first has: one chunk less, and then as many with other weights.
+@pytest.mark.parametrize("missing", [pytest.param((3, 3), marks=pytest.mark.slow), (0, 3)], ids=["one chunk less", "another chunk less"])
 def test_stages_are_those_of_as_many_chunks_and_weights(missing, monkeypatch):
     """A parameter that loses its gradient for good, and then another in its place: what is compiled knows how many there are."""
     monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)
@@ -326,6 +328,7 @@ BRANCHES = "Adam(learn=(lr, beta1)) / {lr: Adam, beta1: SGD}"
 
 
 @pytest.mark.parametrize("text", ["Adam / Adam", BRANCHES], ids=["chain", "tree"])
+@pytest.mark.usefixtures("graphs")
 def test_an_assigned_value_compiles_once_more(text):
     eager, fused = (bound(text, compile=c) for c in (False, True))
     train(20, eager, fused)
@@ -336,6 +339,7 @@ def test_an_assigned_value_compiles_once_more(text):
     assert_equal(eager, fused, torch.float32)
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_skipped_step_and_an_assigned_lr_do_not_compile_again():
     params, optimizer = bound("Adam / Adam", compile=True)
     for at in range(6):
@@ -373,9 +377,10 @@ def test_without_a_compiler_it_goes_on_eagerly_after_one_warning(monkeypatch, tm
     torch.testing.assert_close(a, b)  # to rounding: alone the eager one has Adam's direction from a kernel of torch's own
 
 
-@pytest.mark.usefixtures("graphs", "operations_of_torch")
-def test_other_tensors_with_a_gradient_in_every_step_compile_a_few_times():
+@pytest.mark.usefixtures("operations_of_torch")
+def test_other_tensors_with_a_gradient_in_every_step_compile_a_few_times(monkeypatch):
     """As in a mixture of experts: of six, two take part in a step, which is 15 sets."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
     runs = []
     for compile in (False, True):
         params = [nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(i))) for i in range(6)]

@@ -122,6 +122,14 @@ def test_add_param_group_does_not_change_the_dict_it_is_given():
     assert group["betas"] == (0.5, 0.6)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_a_value_for_each_of_no_elements_is_refused(shape):
+    w = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"per = 'coordinate' learns a value for each element, .* have none: give per = 'tensor'"):
+        Hyper(Adam, per="coordinate").stack(Adam).bind([w])
+    assert Hyper(Adam, per="coordinate").bind([w]).param_groups[0]["lr"] == pytest.approx(1e-3)  # nothing is learned
+
+
 # ---- gradients
 
 

@@ -10,7 +10,8 @@ from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
 from hyperopt import SGD, Adam, AdamW, Hyper, Positive, Real, ScheduleFree, UnitInterval
-from hyperopt.body.blocks import combined
+from hyperopt.body.arithmetic import OnHost, Selected
+from hyperopt.body.blocks import combined, length
 from hyperopt.guards import Pace, is_finite
 from hyperopt.rule import Rule
 from hyperopt.spec.level import TRUST_ABOVE
@@ -96,6 +97,109 @@ def test_a_bad_step_leaves_a_pending_assignment_to_the_next():
     train(twin, other, range(3, 4))
     assert values(optimizer) == values(other) == 0.0078125
     assert differences([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()]) == []
+
+
+AVERAGING = {"schedule-free": Hyper(ScheduleFree(Adam)).stack(Adam), "above": Hyper(Adam).stack(ScheduleFree(Adam)).stack(SGD)}
+HIGH = {"height 3": Hyper(Adam).stack(Adam).stack(Adam).stack(SGD), "high, all": Hyper(Adam, learn="all").stack(Adam).stack(Adam)}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("body", ["native", "torch", "compiled"])
+@pytest.mark.parametrize("tower", (TOWERS | AVERAGING).values(), ids=TOWERS | AVERAGING)
+def test_a_bad_gradient_leaves_what_is_not_finite_as_it_is(tower, body, bad, request, monkeypatch):
+    """Weights, state and tangents, which a product with 0 would turn into NaN."""
+    if body == "torch":
+        request.getfixturevalue("operations_of_torch")
+    if body == "compiled":  # as what is compiled writes, which nobody has to compile to see that
+        monkeypatch.setattr("hyperopt.body.eager.OnHost", Selected)
+        request.getfixturevalue("operations_of_torch")
+    model, optimizer = bound(tower)
+    train(model, optimizer, range(4))
+    for p in model.parameters():
+        for kept in (p.detach(), *(kept for kept in optimizer.state[p].values() if kept.dim())):
+            kept.view(-1)[0], kept.view(-1)[1] = bad, -math.inf
+    before = without_counts(snapshot(model, optimizer))
+    for value in BAD:
+        spoil(model, 4, value)
+        optimizer.step()
+    assert optimizer.skipped["gradients"] == 3
+    assert differences(before, without_counts(snapshot(model, optimizer))) == []
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("tower", (AVERAGING | HIGH).values(), ids=AVERAGING | HIGH)
+def test_a_bad_gradient_moves_no_level(tower, compile):
+    model = net()
+    optimizer = tower.bind(model.parameters(), compile=compile)
+    train(model, optimizer, range(9))
+    before, seen = without_counts(snapshot(model, optimizer)), optimizer.hyperparameters()
+    assert len(seen) >= 6
+    for at in range(6):  # compiled after the first of its kind
+        spoil(model, 9, BAD[at % 3])
+        optimizer.step()
+    assert differences(before, without_counts(snapshot(model, optimizer))) == []
+    assert differences(seen, optimizer.hyperparameters()) == []
+    train(model, optimizer, range(9, 12))
+    assert all(float(value) != float(seen[name]) for name, value in optimizer.hyperparameters().items() if name == "0.lr")
+
+
+def test_what_an_average_above_follows_waits_for_a_step_that_counts():
+    """An assigned lr takes the raw one along: the states that an average above is made of follow with the next step."""
+    runs = []
+    for bad in (False, True):
+        model = net(torch.float64)
+        optimizer = Hyper(SGD, lr=0.1).stack(ScheduleFree(Adam)).bind(model.parameters())
+        train(model, optimizer, range(2))
+        optimizer.param_groups[0]["lr"] = 0.01
+        train(model, optimizer, range(2, 3))
+        if bad:
+            before = without_counts(snapshot(model, optimizer))
+            spoil(model, 3, math.nan)
+            optimizer.step()
+            assert differences(before, without_counts(snapshot(model, optimizer))) == []
+        train(model, optimizer, range(3, 6))
+        runs.append(without_counts(snapshot(model, optimizer)))
+    assert differences(*runs) == []
+
+
+LARGE = {
+    "native": Hyper(Adam).stack(Adam),
+    "held": Hyper(SGD, lr=0.1, momentum=0.9),
+    "momentum": MIXED,
+    "all": ALL,
+    "schedule-free": AVERAGING["schedule-free"],
+    "adamw": Hyper(AdamW, learn=("lr", "beta1", "weight_decay")).stack(Adam),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("body", ["native", "torch", "compiled"])
+@pytest.mark.parametrize("tower", LARGE.values(), ids=LARGE)
+def test_no_finite_gradient_is_left_out(tower, body, groups, dtype, request, monkeypatch):
+    """Their sums, their squares and the norms of steps overflow."""
+    if body == "torch":
+        request.getfixturevalue("operations_of_torch")
+    if body == "compiled":
+        monkeypatch.setattr("hyperopt.body.eager.OnHost", Selected)
+        request.getfixturevalue("operations_of_torch")
+    model, optimizer = bound(tower, dtype, groups)
+    train(model, optimizer, range(3))
+    most = torch.finfo(dtype).max * 0.9
+    for sizes in ((most, most), (most, -most), (-most, 1.0), (most / 1e10, most), (most**0.5, -(most**0.5))):
+        old = [p.detach().clone() for p in model.parameters()]
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, sizes[i % 2])
+            p.grad.view(-1)[0] = sizes[0]
+        optimizer.step()
+        assert all(p.isfinite().all() and not torch.equal(p, x) for p, x in zip(model.parameters(), old, strict=True))
+        kept = [s for p in model.parameters() for key, s in optimizer.state[p].items() if not key.startswith("Z.")]
+        assert all(s.isfinite().all() for s in (*kept, *optimizer.hyperparameters().values()))
+        if tower.above and groups == 1 and tower.rule.moved == "x":
+            moves = torch.cat([(p.detach() - x).reshape(-1) for p, x in zip(model.parameters(), old, strict=True)])
+            assert float(moves.norm()) <= Rule.trust * float(torch.cat([x.reshape(-1) for x in old]).norm()) * 1.0001
+    assert optimizer.skipped["gradients"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -220,19 +324,19 @@ def test_an_upper_level_with_a_bad_tangent_lets_the_levels_below_learn():
 
 
 def test_a_hypergradient_that_overflows_is_left_out():
-    w = nn.Parameter(torch.full((4,), 1e25))
-    optimizer = Hyper(SGD, lr=1e-3, trust=None).stack(SGD).bind([w])
+    w = nn.Parameter(torch.full((4,), 1e22))
+    optimizer = Hyper(SGD, lr=10.0, trust=None).stack(SGD).bind([w])
     for _ in range(4):
-        w.grad = torch.full_like(w, 1e25)
+        w.grad = torch.full_like(w, 5e18)
         optimizer.step()
     assert optimizer.skipped == {"gradients": 0, "hypergradients": 3}
-    assert values(optimizer) == pytest.approx(1e-3, rel=1e-6)
-    assert float(w.detach().max()) == pytest.approx(1e25 - 4e22, rel=1e-6)
+    assert values(optimizer) == pytest.approx(10, rel=1e-6)
+    assert float(w.detach().max()) == pytest.approx(1e22 - 2e20, rel=1e-6)
     for _ in range(4):
         w.grad = torch.full_like(w, 1.0)
         optimizer.step()
     # The tangent of the overflowing steps is gone; learning goes on.
-    assert values(optimizer) > 1e-3
+    assert values(optimizer) > 10
 
 
 def test_the_graph_recovers_from_a_hypergradient_that_is_not_finite():
@@ -650,6 +754,24 @@ def test_finite_sees_every_kind():
     assert float(finite([torch.tensor([math.inf, -math.inf]).sum()])) == 0
 
 
+@pytest.mark.parametrize("arithmetic", [OnHost, Selected])
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e18, 1e30, 1e37])
+def test_a_norm_does_not_overflow_before_it_has_to(arithmetic, size):
+    x = torch.tensor([[3.0, 0.0], [0.0, -4.0]]) * size
+    assert float(arithmetic.norm(x, 1.0)) == pytest.approx(5 * size, rel=1e-6)
+    assert float(arithmetic.norm(x.t(), 0.25)) == pytest.approx(2.5 * size, rel=1e-6)
+    assert float(length(x.abs().amax(1))) == pytest.approx(5 * size, rel=1e-6)
+
+
+@pytest.mark.parametrize("arithmetic", [OnHost, Selected])
+def test_a_gauge_is_finite_where_the_gradient_is(arithmetic):
+    for good in ([], [0.0], [1.0, -1.0], [3e38, 3e38], [3e38, -3e38], [1e19] * 9):
+        assert float(arithmetic.gauge(torch.tensor(good)).abs()) < 1e30
+    for bad in BAD:
+        for others in ([], [1.0], [3e38, -3e38], [-bad]):
+            assert not arithmetic.gauge(torch.tensor([*others, bad])).isfinite()
+
+
 @pytest.mark.parametrize("domain", [Positive(), Positive(0.1), Real(), UnitInterval()], ids=str)
 def test_a_value_is_scaled_and_exact_where_the_factor_is_1(domain):
     raw = torch.linspace(-8, 8, 161, dtype=torch.float64)
@@ -688,7 +810,7 @@ def test_a_copy_of_a_guarded_run_is_guarded():
 
 
 @pytest.mark.parametrize("tower", [Hyper(SGD, lr=10.0), Hyper(SGD, lr=10.0, trust=None).stack(Adam), Hyper(Adam).stack(SGD)], ids=str)
-@pytest.mark.parametrize("g", [(3e38, math.inf, 0.0), (3e38, 3e38, 3e38), (-3e38, math.nan, 3e38)])
+@pytest.mark.parametrize("g", [(3e38, math.inf, 0.0), (-3e38, math.nan, 3e38)])
 def test_a_step_left_out_keeps_every_bit_where_the_update_would_overflow(tower, g):
     w = nn.Parameter(torch.ones(3))
     optimizer = tower.bind([w])

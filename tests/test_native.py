@@ -203,7 +203,7 @@ def test_gradients_that_are_not_finite_or_have_no_square(value):
     params[0].grad[0, 0] = value
     optimizer.step()
     after = everything(params, optimizer)
-    assert by_hand(optimizer) == [True]
+    assert by_hand(optimizer) == [not math.isfinite(value)]  # where squares overflow, more care is needed
     if math.isfinite(value):
         assert all(v.isfinite().all() for v in after.values())
         assert optimizer.skipped["gradients"] == 0

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 
 from hyperopt import SGD, Adam, AdamW, Hyper, HyperOptimizer, Interval, Real, ScheduleFree
+from hyperopt.body.arithmetic import Selected
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
 TREE = Hyper(Adam, lr=1e-3).stack(lr=Hyper(Adam).stack(SGD), beta1=Hyper(SGD, lr=0.1))
@@ -1168,6 +1169,7 @@ def no_host_sync(monkeypatch):
     "tower", [CHAIN, ALL, TREE, PER_TENSOR, HEAVY, Hyper(Adam), Hyper(Adam, trust=None, horizon=1).stack(SGD)], ids=str
 )
 def test_a_step_does_not_wait_for_the_device(tower, monkeypatch):
+    monkeypatch.setattr("hyperopt.body.eager.OnHost", Selected)  # as on a GPU: a CPU waits for nothing
     model, optimizer = bound(tower)
     train(model, optimizer, range(3))
     lr = optimizer.hyperparameters()["0.lr"]
@@ -1182,6 +1184,7 @@ def test_a_step_does_not_wait_for_the_device(tower, monkeypatch):
 
 @pytest.mark.parametrize("tower", [CHAIN, ALL, Hyper(Adam)], ids=str)
 def test_a_step_with_a_scheduler_does_not_wait_for_the_device(tower, monkeypatch):
+    monkeypatch.setattr("hyperopt.body.eager.OnHost", Selected)  # as on a GPU: a CPU waits for nothing
     model, optimizer = bound(tower)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, step / 4))
     for step in range(3):

@@ -118,6 +118,73 @@ def test_a_state_that_was_emptied_starts_again_and_is_saved(tower, empty):
         assert len(optimizer.state_dict()["state"]) == 3
 
 
+@every_tower
+def test_a_tensor_in_the_place_of_one_of_the_state_is_the_state(tower):
+    """As one that was changed where it is."""
+    params, optimizer = made(tower)
+    _, other = made(tower)
+    names = [key for key, kept in optimizer.state[params[0]].items() if kept.dim() and "Z" not in key and key not in ("average", "z")]
+    for key in names:
+        record = optimizer.state[params[0]]
+        record[key] = record[key] / 4
+        other.state[other.param_groups[0]["params"][0]][key].div_(4)
+    descend(optimizer, 3)
+    descend(other, 3)
+    exact = tower.strategy == "tangents"  # a graph begins again
+    for mine, theirs in zip(weights(optimizer), weights(other), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5 if exact else 1e-3, atol=1e-6)
+    assert all(optimizer.state[params[0]][key].shape == params[0].shape for key in names)
+    if exact:
+        saved = optimizer.state_dict()["state"][0]
+        assert all(torch.equal(saved[key], optimizer.state[params[0]][key]) for key in saved)
+
+
+def test_a_state_of_the_users_own_changes_nothing():
+    params, optimizer = made(TOWERS["native"])
+    _, other = made(TOWERS["native"])
+    optimizer.state[params[1]]["seen"] = 3
+    descend(optimizer, 2)
+    descend(other, 2)
+    assert optimizer.state[params[1]]["seen"] == 3
+    assert all(map(torch.equal, weights(optimizer), weights(other)))
+
+
+def test_a_part_of_the_state_that_was_removed_starts_again():
+    params, optimizer = made(TOWERS["native"])
+    del optimizer.state[params[0]]["m"]
+    descend(optimizer, 1)
+    torch.testing.assert_close(optimizer.state[params[0]]["m"], 0.1 * params[0].grad)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("m", torch.ones(4)),
+        ("m", torch.tensor(1.0)),
+        ("m", None),
+        ("v", 0.5),
+        ("t", torch.tensor(-1.0)),
+        ("t", torch.tensor(float("nan"))),
+        ("t", torch.ones(10, 3)),
+        ("t", 3),
+        ("Z.lr", torch.ones(3)),
+    ],
+)
+def test_a_state_that_no_step_can_go_on_from_is_refused_and_nothing_is_taken(key, value):
+    params, optimizer = made(TOWERS["native"])
+    _, other = made(TOWERS["native"])
+    good = optimizer.state[params[0]][key]
+    optimizer.state[params[0]][key] = value
+    before = weights(optimizer), optimizer.hyperparameters()
+    with pytest.raises(ValueError, match=rf"a parameter of shape \(10, 3\) has a state '{key}' .*optimizer.state.pop\(p\)"):
+        optimizer.step()
+    assert differences(before, (weights(optimizer), optimizer.hyperparameters())) == []
+    optimizer.state[params[0]][key] = good
+    descend(optimizer, 2)
+    descend(other, 2)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(weights(optimizer), weights(other), strict=True))
+
+
 @pytest.mark.parametrize("tower", [TOWERS["native"], BETAS, TOWERS["schedule-free"]], ids=str)
 def test_a_compiled_step_goes_on_with_a_replaced_parameter(tower):
     _, optimizer = made(tower, compile=True)

@@ -68,11 +68,10 @@ def blocks(buffer: Buffer, g: Tensor, *, split: bool) -> list[Block]:
     return found
 
 
-def norm(x: Tensor, share: float = 1.0) -> Tensor:
-    """‖x‖, with squares weighted by `share`; in half of the time that torch.linalg.vector_norm takes."""
-    flat = x.reshape(-1)
-    square = torch.dot(flat, flat)
-    return (square if share == 1 else square * share).sqrt()
+def length(norms: Tensor) -> Tensor:
+    """The norm of norms, the squares of which may overflow."""
+    largest = norms.amax().clamp(torch.finfo(norms.dtype).tiny, torch.finfo(norms.dtype).max)
+    return torch.linalg.vector_norm(norms / largest) * largest
 
 
 def combined(numbers: Sequence[Tensor], pairwise: Callable[[Tensor, Tensor], Tensor], whole: Callable[[Tensor], Tensor]) -> Tensor:

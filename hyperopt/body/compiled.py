@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tangents import DUALS
 from .buffers import Buffer
 from .eager import Block
 
@@ -52,7 +53,7 @@ class Compiled:
             options = {"guard_filter_fn": _none, "cpp.min_chunk_size": 8192, "max_fusion_size": 1024}
             fused = torch.compile(_alone(function), fullgraph=True, options=options)
             # A function called with other shapes than before is compiled for these. dynamic=False would warn each time.
-            with self.config.patch(automatic_dynamic_shapes=False):
+            with DUALS, self.config.patch(automatic_dynamic_shapes=False):  # traced with dual numbers
                 found = fused(*args)
             self.fused[key] = fused
             # What Dynamo leaves behind is cycles that hold the optimizer's state, which may be gigabytes, until Python looks for cycles.

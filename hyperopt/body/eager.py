@@ -1,6 +1,7 @@
 """The body of a node in operations of torch."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from ..guards import FLOOR, Size, is_finite
 from ..hyperparameter import Raw
 from ..rule import State, Values, overrides
-from ..tangents import Point
+from ..tangents import DUALS, Point
 from . import general
-from .arithmetic import Selected, Weighted
-from .blocks import Block, blocks, combined, norm
+from .arithmetic import OnHost, Selected
+from .blocks import Block, blocks, combined, length
 from .buffers import Buffer, Tangent
 from .hypergradient import Hypergradient
 from .kernels import Kernel
@@ -40,7 +41,11 @@ class Eager:
 
     def __init__(self, part: Part, kernel: Kernel | None = None) -> None:
         self.level, self.rule, self.hypers, self.tangents, self.ranks = part.level, part.rule, part.hypers, part.tangents, part.ranks
-        self.trust, self.feasible, self.arithmetic = part.trust, part.feasible, Selected if part.compiled else Weighted
+        self.trust, self.feasible, self.arithmetic = (
+            part.trust,
+            part.feasible,
+            Selected if part.compiled or not self.hypers.like.is_cpu else OnHost,
+        )
         self.buffers: Sequence[Buffer] = ()  # those that have a gradient in this step
         self.blocks: list[Block] = []
         self.directions: list[Tensor] | None = None
@@ -68,7 +73,7 @@ class Eager:
 
     def finite(self, gs: Sequence[Tensor]) -> Tensor:
         """1. if all gradients are finite, 0. otherwise."""
-        return is_finite(*self.ranks.sum([combined([g.sum().to(self.hypers.like) for g in gs], torch.add, torch.sum)]))
+        return is_finite(*self.ranks.sum([combined([self.arithmetic.gauge(g).to(self.hypers.like) for g in gs], torch.add, torch.sum)]))
 
     def finish(self) -> None:
         """Copy the weights back to where they belong."""
@@ -88,8 +93,6 @@ class Eager:
         """How the next step is run: `mode` is EAGER, WHOLE or STAGES, and `run` calls each stage."""
         self.mode, self.run = mode, run
 
-    # ---- the three passes
-
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         """1. if all gradients are finite (None: they are known to be); the hypergradients, where they are wanted."""
         wanted = wanted and bool(self.tangents.names)
@@ -103,8 +106,8 @@ class Eager:
             self.total = self.rule.total(g, x, buffer.state) if self.rule.totals else None
             return None, self.hypergradient.combined([self.hypergradient.of(buffer, g)]) if wanted else {}
         looks = [self.run(self.look, buffer, g, wanted) for buffer, g in zip(self.buffers, gs, strict=True)]
-        self.blocks = self._blocks(gs)
         numbers, shares = zip(*looks, strict=True)
+        self.blocks = self._blocks([self.arithmetic.bounded(g, first) for g, (first, *_) in zip(gs, numbers, strict=True)])
         sums = [combined([n.to(self.hypers.like) for n in each], torch.add, torch.sum) for each in zip(*numbers, strict=True)]
         q = self.hypergradient.combined(shares) if wanted else {}
         sums = self.ranks.sum([*sums, *q.values()])
@@ -112,9 +115,8 @@ class Eager:
         return is_finite(sums[0]), dict(zip(q, sums[1:], strict=True))
 
     def look(self, buffer: Buffer, g: Tensor, wanted: bool) -> tuple[list[Tensor], Raw]:
-        """What a step has to know of a gradient before it is taken: Σg, which is finite if g is, what the rule asks for, and Zᵀg."""
-        # That finite elements near 1e38 can add up to infinity is accepted; the sum is four times as fast as the largest |element|.
-        numbers, split = [g.sum()], self.mode == EAGER
+        """What a step has to know of a gradient before it is taken: whether it is finite, what the rule asks for, and Zᵀg."""
+        numbers, split = [self.arithmetic.gauge(g)], self.mode == EAGER
         if self.rule.totals:
             found = [self.rule.total(block.g, block.x, block.state) for block in blocks(buffer, g, split=split)]
             numbers.append(buffer.share * combined(found, torch.add, torch.sum))
@@ -129,14 +131,14 @@ class Eager:
         moves, places = zip(*[self.run(self.size, block, r, ok) for block in self.blocks], strict=True)
         if self.level:
             return Size(combined(moves, torch.maximum, torch.amax).to(self.hypers.like), self.steps())
-        move, place = self.ranks.norms([combined(each, torch.hypot, torch.linalg.vector_norm) for each in (moves, places)])
+        move, place = self.ranks.norms([combined(each, torch.hypot, length) for each in (moves, places)])
         return Size((move / place.clamp_min(self.floor())).to(self.hypers.like), self.steps())
 
     def size(self, block: Block, r: Raw, ok: Tensor) -> tuple[Tensor, Tensor]:
         """How far the step takes that which lr moves, and how large that is."""
         h, place = self.h(block, r), self.rule.place(block.x, block.state)
         if self.updates:
-            x1, _ = block.buffer.rule.update(block.x, self.gradient(block, ok), block.state, h, block.t)
+            x1, _ = block.buffer.rule.update(block.x, self.gradient(block), block.state, h, block.t)
             move, lr = x1 - place, None
         else:
             d, own = self.direction(block, h, ok, lasting=True)
@@ -146,8 +148,8 @@ class Eager:
                 block.made = d, own
         if lr is not None and lr.dim():
             move, lr = move * lr, None
-        size = move.abs().amax() if self.level else norm(move, block.buffer.share)
-        return size if lr is None else size * lr, place if self.level else norm(place, block.buffer.share)
+        size = move.abs().amax() if self.level else self.arithmetic.norm(move, block.buffer.share)
+        return size if lr is None else size * lr, place if self.level else self.arithmetic.norm(place, block.buffer.share)
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         """Take the step at `r`: `sound` is 0. for tangents that start again, `keep` a factor on those of lr."""
@@ -157,10 +159,11 @@ class Eager:
         if keep is not None:
             kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
-        for block in self.blocks if self.feasible is None else ():
-            self.run(self.displace if self.simple else self.write, block, r, kept, ok)
-        if self.feasible is not None:
-            self.run(general.write, self, self.blocks, r, kept, ok)
+        with nullcontext() if self.simple or self.mode != EAGER else DUALS:
+            for block in self.blocks if self.feasible is None else ():
+                self.run(self.displace if self.simple else self.write, block, r, kept, ok)
+            if self.feasible is not None:
+                self.run(general.write, self, self.blocks, r, kept, ok)
         for buffer in self.buffers:
             buffer.t += ok
         self.blocks = self.blocks if self.level else []
@@ -175,55 +178,51 @@ class Eager:
         The displacement is lr·step and not x' − x: at lr = 1e-8 a float32 weight of 0.1 does not change, and the difference would be 0
         where the derivative is not.
         """
-        h, x = self.h(block, r), None
+        h, counts = self.h(block, r), self.arithmetic.counts(ok, block.t)
         d, own = block.made or self.direction(block, h, ok)
         rule = block.buffer.rule
         step = rule._step(block.x, d, h, block.t)
         if r:
             z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
-            self.arithmetic.restart(z)
             if rule._decays():
                 keep = keep * (1 - h.lr * rule._decay(h, block.t))
-            self.arithmetic.displace(block.x, z, step, h.lr, keep, ok.to(block.t))
+            self.arithmetic.displace(block.x, z, step, h.lr, keep, counts)
         else:
             move = step * h.lr
             move = move if self.limit is None else move.clamp(-self.limit, self.limit)
-            if self.arithmetic is Weighted:
-                block.x.addcmul_(move, ok.to(block.t), value=-1)
-            else:
-                x = block.x - move
-        self.commit(block, x, own, {}, ok)
+            self.arithmetic.descend(block.x, move, counts)
+        self.commit(block, None, own, {}, ok)
 
     def direction(self, block: Block, h: Values, ok: Tensor, *, lasting: bool = False) -> Point:
-        """The direction, finite where the step does not count, and the new state, if that is not written yet."""
+        """The direction, and the new state, if that is not written yet."""
+        g = self.gradient(block)
         # A kernel goes through memory as it lies.
-        if self.kernel and all(a.is_contiguous() for a in (block.x, block.g, *block.state.values())):
+        if self.kernel and all(a.is_contiguous() for a in (block.x, g, *block.state.values())):
             move = self.kernel.scratch(block.x, block.buffer, block.cut, lasting=lasting)
-            self.kernel(move, block.g, block.state, block.t, 1 - ok)
+            self.kernel(move, g, block.state, block.t, 1 - ok)
             return move, {}
-        g = self.gradient(block, ok)
         if self.couples:
             g = g + self.rule._decay(h, block.t) * block.x
         return block.buffer.rule.direction(g, block.state, h, block.t)
 
-    def gradient(self, block: Block, ok: Tensor) -> Tensor:
-        """The gradient to compute with; above level 0 it is finite."""
-        return block.g if self.level else self.arithmetic.gradient(block.g, ok)
+    def gradient(self, block: Block) -> Tensor:
+        """The gradient to compute with; above level 0 it is finite, and bounded."""
+        return block.g if self.level else self.arithmetic.gradient(block.g)
 
     def commit(self, block: Block, x: Tensor | None, state: State, tangents: Tangent, ok: Tensor) -> None:
         """Write what a step made; x is None if it is written already."""
-        write, ok = self.arithmetic.write, ok.to(block.t)
+        write, counts = self.arithmetic.write, self.arithmetic.counts(ok, block.t)
         if x is not None:
-            write(block.x, x, ok)
+            write(block.x, x, counts)
         if block.buffer.limits is not None:
             block.x.clamp_(*block.buffer.limits)
         for key, new in state.items():
             if key in block.state:
                 # Numbers are written to the buffer itself, by every block the same.
-                write(block.state[key] if new.dim() else block.buffer.state[key], new, ok)
+                write(block.state[key] if new.dim() else block.buffer.state[key], new, counts)
         for name, tangent in tangents.items():
             for of, new in tangent.items():
-                write(block.tangent(name, of, new), new, ok)
+                write(block.tangent(name, of, new), new, counts)
 
     def h(self, block: Block, r: Raw) -> Values:
         """The hyperparameters at `r`, spread over the coordinates of a block where they differ there."""

@@ -91,7 +91,7 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     table = [number, pointer, number, pointer, pointer]  # blocks, block, count, tensors, values
     functions.look.argtypes = [number, number, *table, pointer, pointer]
     functions.take.argtypes = [number, *table, number, pointer, pointer, pointer, pointer]
-    functions.look.restype = functions.take.restype = None
+    functions.look.restype, functions.take.restype = ctypes.c_int, None
     functions.usable.argtypes, functions.usable.restype = [], ctypes.c_int
     functions.source.argtypes, functions.source.restype = [], ctypes.c_uint32
     return functions

@@ -23,30 +23,31 @@ def write(body: Any, batch: Sequence[Block], r: Raw, kept: Raw, ok: Tensor) -> N
         ok: 1. if the step counts.
     """
     for block in batch:
+        counts = body.arithmetic.counts(ok, block.t)
         for tangent in block.tangents.values():
             for z in tangent.values():
-                body.arithmetic.restart(z)
+                body.arithmetic.restart(z, counts)
         if body.tangents.fixed and not block.made:
             block.made = body.direction(block, body.h(block, r), ok)
     points = [(block.x, block.state) for block in batch]
-    news: Sequence[Point] = [] if r else update(body, batch, points, r, ok)
+    news: Sequence[Point] = [] if r else update(body, batch, points, r)
     found: list[Tangent] = [{} for _ in batch]
     for name in r:
         carried: list[dict[str, Tensor]] = [{} for _ in batch]
         if body.tangents.gamma:
             carried = [{k: z * block.factor(name, kept[name], z) for k, z in block.tangents.get(name, {}).items()} for block in batch]
         views = batch[0].cut is not None
-        news, tangents = body.tangents.along(name, points, carried, r, lambda p, r: update(body, batch, p, r, ok), views=views)
+        news, tangents = body.tangents.along(name, points, carried, r, lambda p, r: update(body, batch, p, r), views=views)
         for mine, new in zip(found, tangents, strict=True):
             mine[name] = new
     for block, new, tangent in zip(batch, news, found, strict=True):
         body.commit(block, *new, tangent, ok)
 
 
-def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, ok: Tensor) -> list[Point]:
+def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw) -> list[Point]:
     """The new points, as a differentiable function of the old ones and r; inside the feasible set."""
     hs = [body.h(block, r) for block in batch]
-    arrived = [_arrive(body, block, *point, h, ok) for block, point, h in zip(batch, points, hs, strict=True)]
+    arrived = [_arrive(body, block, *point, h) for block, point, h in zip(batch, points, hs, strict=True)]
     if body.feasible is not None:
         metrics = [block.buffer.rule.metric(state, h, block.t) for block, (_, state), h in zip(batch, arrived, hs, strict=True)]
         places = body.feasible.project([place for place, _ in arrived], metrics)
@@ -56,16 +57,16 @@ def update(body: Any, batch: Sequence[Block], points: Sequence[Point], r: Raw, o
     return [block.buffer.rule.after(*each, h, block.t) for block, each, h in zip(batch, arrived, hs, strict=True)]
 
 
-def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values, ok: Tensor) -> Point:
+def _arrive(body: Any, block: Block, x: Tensor, state: State, h: Values) -> Point:
     """Where the step takes that which lr moves, and the state on the way."""
     rule: Rule = block.buffer.rule
     if body.updates:
-        place, new = rule.update(x, body.gradient(block, ok), state, h, block.t)
+        place, new = rule.update(x, body.gradient(block), state, h, block.t)
     elif block.made:
         d, own = block.made
         place, new = rule._moved(x, {**state, **own}, h.lr * rule._step(x, d, h, block.t))
     else:
-        place, new = rule._arrive(x, body.gradient(block, ok), state, h, block.t)
+        place, new = rule._arrive(x, body.gradient(block), state, h, block.t)
     if body.limit is None:
         return place, new
     start = rule.place(x, state)

@@ -23,6 +23,8 @@ class Graph(Eager):
 
     def pull(self, gs: Sequence[Tensor], wanted: bool) -> tuple[Tensor | None, Raw]:
         finite, _ = super().pull(gs, False)
+        for block in self.blocks:
+            block.g = block.g.clone()  # as below
         pairs = [(self.outputs[c], g) for c, g in zip(self.buffers, gs, strict=True) if c in self.outputs] if wanted else []
         if not pairs:
             return finite, {}
@@ -35,7 +37,7 @@ class Graph(Eager):
         # Copies, because the graph keeps what it was made of and the buffers go on to change in place.
         points = [(block.x.clone(), {k: s.clone() for k, s in block.state.items()}) for block in self.blocks]
         with torch.enable_grad():
-            news = general.update(self, self.blocks, points, leaves, ok)
+            news = general.update(self, self.blocks, points, leaves)
         if bool(ok):
             self.leaves, self.outputs = leaves, {block.buffer: x1 for block, (x1, _) in zip(self.blocks, news, strict=True)}
         for block, (x1, s1) in zip(self.blocks, news, strict=True):

@@ -33,7 +33,6 @@ class Kernel:
             [move], [g], [state["m"]], [state["v"]], [], [t.float()], lr=-1.0, weight_decay=0.0, amsgrad=False, maximize=False,
             found_inf=skip.float(), **self.options,
         )  # fmt: skip
-        state["v"].clamp_max_(torch.finfo(g.dtype).max)  # as `square` does
 
     def scratch(self, like: Tensor, buffer: Buffer, cut: slice | None, *, lasting: bool) -> Tensor:
         """Zeros shaped like a block; memory that need not last until the next pass is shared."""

@@ -27,7 +27,7 @@ class Native(Eager):
     """The passes of passes.cpp, for every rule of which lr alone is learned, or nothing, and does not enter the direction.
 
     The first pass runs in `begin` and the second in `finish`, so that what lies between them is numbers, which can be compiled. A step for
-    which memory does not lie as it has to is taken by the eager body.
+    which memory does not lie as it has to, or in which a sum of squares overflows, is taken by the eager body.
 
     Args:
         part: as for `Eager`.
@@ -171,7 +171,7 @@ class Passes:
         return self.places == self._places()
 
     def look(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> bool:
-        """Write to `sums` what is known before the step; False where memory does not lie as it must."""
+        """Write to `sums` what is known before the step; False where memory does not lie as it must, or a sum overflows."""
         gs = [g for each in grads for g in each]
         for t, g, size, stride in zip(self.tensors, gs, self.sizes, self.strides, strict=True):
             same = t.numel() == g.numel() == size and t.is_cpu and g.is_cpu and t.dtype == g.dtype == torch.float32
@@ -188,7 +188,9 @@ class Passes:
                 edits.begin()
         if any(self.told):
             self._give(grads, directions, body)
-        self.functions.look(torch.get_num_threads(), *self.look_at)
+        if self.functions.look(torch.get_num_threads(), *self.look_at):
+            self.given = []
+            return False
         return True
 
     def take(self, body: Any) -> None:
@@ -201,7 +203,7 @@ class Passes:
                 edits.finish()
         for buffer, _, own in self.given:
             for key, new in own.items():
-                Selected.write(buffer.state[key], new, body.orders[0])
+                Selected.write(buffer.state[key], new, body.orders[0] > 0)
         self.given = []
 
     def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> None:

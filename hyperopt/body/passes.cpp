@@ -1,7 +1,7 @@
 // The two passes over the weights of a training step on a CPU, for every rule whose learned hyperparameter (lr, or none) does not enter its
 // direction. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
 //
-//     look    what must be known before the step: whether Σg is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of what lr moves and the
+//     look    what must be known before the step: whether g is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of what lr moves and the
 //             step s at lr = 1, where an average forgets, Σg·gap, and where state is kept relative to x, Σx
 //     take    state, place −= lr·s, what follows from place (averages, x), the tangents of all of it, and Σx
 //
@@ -187,7 +187,7 @@ struct Pull {
     }
 };
 
-// Adds Σg, Σg·z, of the step Σs², and Σg·gap to `sums`.
+// Adds Σg², Σg·z, of the step Σs², and Σg·gap to `sums`.
 template <int KIND, bool DECAYED, int THROUGH, bool LAGS>
 void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t to, double* sums) {
     float gradient = 0, inner = 0, moves = 0, lag = 0;
@@ -197,7 +197,7 @@ void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t 
         const float s = step<KIND, DECAYED>(at, adam, decay, j, m1, v1);
         if constexpr (THROUGH != NOTHING) inner += at.g[j] * z.of<THROUGH>(j);
         if constexpr (LAGS) lag += at.g[j] * at.gap[j];
-        gradient += at.g[j], moves += s * s;
+        gradient += at.g[j] * at.g[j], moves += s * s;
     }
     sums[0] += gradient, sums[1] += inner, sums[3] += moves, sums[4] += lag;
 }
@@ -207,7 +207,7 @@ template <int THROUGH, bool LAGS> void unmeasured(Stretch at, Pull z, Adam, floa
     float gradient = 0, inner = 0, lag = 0;
 #pragma omp simd reduction(+ : gradient, inner, lag)
     for (int64_t j = from; j < to; j++) {
-        gradient += at.g[j];
+        gradient += at.g[j] * at.g[j];
         if constexpr (THROUGH != NOTHING) inner += at.g[j] * z.of<THROUGH>(j);
         if constexpr (LAGS) lag += at.g[j] * at.gap[j];
     }
@@ -392,6 +392,16 @@ float total(int64_t blocks, const double* partial, int k) {
     return static_cast<float>(sum);
 }
 
+// Whether all gradients are finite, for when Σg² is not.
+bool finite(const Table& table, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) {
+        const Stretch at(table, b);
+        for (int64_t j = 0; j < at.n; j++)
+            if (!(std::fabs(at.g[j]) <= FLT_MAX)) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 // Whether this CPU has the instructions that the file was compiled for. An object built with -march=native may reach another machine inside
@@ -459,7 +469,8 @@ extern "C" BASELINE int usable() {
 #endif
 extern "C" uint32_t source() { return SOURCE; }
 
-extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
+// Returns 1 where gradients are finite and a sum of squares of theirs or of the step is not: such a step needs more care than is taken here.
+extern "C" int look(int64_t threads, int64_t measure, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,
                      const float* const* values, double* partial, float* sums) {
     const Table table{block, count, tensors, values};
     const float through = values[THROUGH] ? *values[THROUGH] : 1;
@@ -483,12 +494,14 @@ extern "C" void look(int64_t threads, int64_t measure, int64_t blocks, const int
             }
         }
     });
-    sums[0] = std::fabs(total(blocks, partial, 0)) <= FLT_MAX;
+    const bool small = total(blocks, partial, 0) <= FLT_MAX;
+    sums[0] = small || finite(table, blocks);
     sums[1] = total(blocks, partial, 1);
     sums[2] = std::sqrt(total(blocks, partial, 2));
     sums[3] = std::sqrt(total(blocks, partial, 3));
     sums[4] = total(blocks, partial, 4);
     sums[5] = total(blocks, partial, 5);
+    return sums[0] > 0 && !(small && sums[3] <= FLT_MAX);
 }
 
 extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int64_t count, void* const* tensors,

@@ -96,7 +96,10 @@ class Ranks:
 
     def norms(self, norms: Sequence[Tensor]) -> list[Tensor]:
         """The norm over all ranks of what each of these is the norm of on this rank."""
-        return [square.sqrt() for square in self.sum([norm * norm for norm in norms])] if self.groups else list(norms)
+        if not self.groups:
+            return list(norms)
+        squares = self.sum([norm.double().square() for norm in norms])  # of float32, which has no square of 1e20
+        return [square.sqrt().to(norm).clamp_max(torch.finfo(norm.dtype).max) for square, norm in zip(squares, norms, strict=True)]
 
 
 def _sharding(p: Any) -> dict[str, Any]:
