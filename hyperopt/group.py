@@ -1,6 +1,7 @@
 """One parameter group at work: which tensors are stepped as one, what a user assigned, what survives in a checkpoint."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .rule import Rule
 from .schedule import Overwritten, Schedule, expanded
 from .spec import text
 from .spec.level import Level
+from .tangents import DUALS
 from .tree import Tree, with_zeros
 
 
@@ -90,6 +92,7 @@ class Group:
         self.tree = Tree(self.spec, self.rule, own, self.tower["nodes"], self.params, self.tower["skipped"], compile=self.compile)
         self.nodes, self.root = self.tree.nodes, self.tree.root
         self.body, self.hypers = self.root.body, self.root.hypers
+        self.duals = nullcontext() if all(node.body.simple for node in self.nodes.values()) else DUALS
         self._step = choose.Runner(self.root.step, self.body, self.tree.tangents) if self.compile else self.root.step
         # Values assigned before a copy was made, or before a checkpoint was written, are still to be noticed.
         differ = {n for n, h in own.items() if h.last_value is not None and not torch.equal(self.live[n], last[n])}
@@ -199,7 +202,8 @@ class Group:
         if self._young:
             self._young = False
             self.tree.make_tangents(gs, torch.zeros_like(self.one))
-        self._step(gs, self.one if ok is None else ok.to(self.one), q, learn)
+        with self.duals:
+            self._step(gs, self.one if ok is None else ok.to(self.one), q, learn)
         self.body.finish()
         if self.tower["calls"] == 1:  # with tangents that are still 0 nothing was said of the values
             for node in self.nodes.values():

@@ -123,7 +123,8 @@ def test_a_bad_gradient_leaves_what_is_not_finite_as_it_is(tower, body, bad, req
         spoil(model, 4, value)
         optimizer.step()
     assert optimizer.skipped["gradients"] == 3
-    assert differences(before, without_counts(snapshot(model, optimizer))) == []
+    # That the weights were changed is remembered, in a copy of them.
+    assert [d for d in differences(before, without_counts(snapshot(model, optimizer))) if not d.endswith(".seen on one side only")] == []
 
 
 @pytest.mark.usefixtures("graphs")
@@ -196,7 +197,7 @@ def test_no_finite_gradient_is_left_out(tower, body, groups, dtype, request, mon
         assert all(p.isfinite().all() and not torch.equal(p, x) for p, x in zip(model.parameters(), old, strict=True))
         kept = [s for p in model.parameters() for key, s in optimizer.state[p].items() if not key.startswith("Z.")]
         assert all(s.isfinite().all() for s in (*kept, *optimizer.hyperparameters().values()))
-        if tower.above and groups == 1 and tower.rule.moved == "x":
+        if tower.above and groups == 1 and not tower.rule.gapped:
             moves = torch.cat([(p.detach() - x).reshape(-1) for p, x in zip(model.parameters(), old, strict=True)])
             assert float(moves.norm()) <= Rule.trust * float(torch.cat([x.reshape(-1) for x in old]).norm()) * 1.0001
     assert optimizer.skipped["gradients"] == 0

@@ -1,7 +1,6 @@
 """The body of a node in operations of torch."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from ..guards import FLOOR, Size, is_finite
 from ..hyperparameter import Raw
 from ..rule import State, Values, overrides
-from ..tangents import DUALS, Point
+from ..tangents import Point
 from . import general
 from .arithmetic import OnHost, Selected
 from .blocks import Block, blocks, combined, length
@@ -159,11 +158,10 @@ class Eager:
         if keep is not None:
             kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
-        with nullcontext() if self.simple or self.mode != EAGER else DUALS:
-            for block in self.blocks if self.feasible is None else ():
-                self.run(self.displace if self.simple else self.write, block, r, kept, ok)
-            if self.feasible is not None:
-                self.run(general.write, self, self.blocks, r, kept, ok)
+        for block in self.blocks if self.feasible is None else ():
+            self.run(self.displace if self.simple else self.write, block, r, kept, ok)
+        if self.feasible is not None:
+            self.run(general.write, self, self.blocks, r, kept, ok)
         for buffer in self.buffers:
             buffer.t += ok
         self.blocks = self.blocks if self.level else []
