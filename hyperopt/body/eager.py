@@ -170,7 +170,7 @@ class Eager:
         if keep is not None:
             kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
-        with nullcontext() if self.simple or self.mode != EAGER else DUALS:
+        with nullcontext() if self.simple or torch.compiler.is_compiling() else DUALS:  # what is compiled has no dual numbers
             for block in self.blocks if self.feasible is None else ():
                 self.run(self.displace if self.simple else self.write, block, r, kept, ok)
             if self.feasible is not None:
