@@ -16,6 +16,7 @@ Metric = Tensor | float
 
 # Newton's iteration on 1/‖x(λ)‖ converges quadratically: metrics that span 10 decades need 11 iterations to reach float64's rounding error.
 ITERATIONS = 12
+LARGE = 1e15  # weights above which squares are taken in another unit
 
 
 @dataclass(frozen=True)
@@ -101,26 +102,36 @@ class Ball(Feasible):
             raise ValueError(f"Ball({self.radius!r}): give a finite radius above 0, as in Ball(10)")
 
     def project(self, ys: list[Tensor], metrics: list[Metric]) -> list[Tensor]:
+        # A step may have taken weights to 1e20, which has no square. The nearest point goes with the unit that both are measured in.
+        unit = _unit(ys)
+        ys, radius = [y / unit.to(y) for y in ys], self.radius / unit
         plain = [_primal(y) for y in ys], [_primal(h) if isinstance(h, Tensor) else h for h in metrics]
         multiplier = ys[0].new_zeros(())
         for _ in range(ITERATIONS - 1):
-            multiplier = self._newton(*plain, multiplier)
-        multiplier = self._newton(ys, metrics, multiplier)
+            multiplier = _newton(*plain, multiplier, radius)
+        multiplier = _newton(ys, metrics, multiplier, radius)
         xs = _nearest(ys, metrics, multiplier)
         # Rounding may leave the norm slightly too large.
-        scale = (self.radius / _norm(xs).clamp_min(self.radius)).to(multiplier)
+        scale = (radius / _norm(xs).clamp_min(radius) * unit).to(multiplier)
         return [x * scale.to(x) for x in xs]
 
-    def _newton(self, ys: list[Tensor], metrics: Sequence[Metric], multiplier: Tensor) -> Tensor:
-        xs = _nearest(ys, metrics, multiplier)
-        norm = _norm(xs)
-        slope = _sum([x * x / (h + multiplier.to(x)) for x, h in zip(xs, metrics, strict=True)])
-        tiny = torch.finfo(norm.dtype).tiny
-        return (multiplier + norm * norm / slope.clamp_min(tiny) * (norm / self.radius - 1)).clamp_min(0)
+
+def _newton(ys: list[Tensor], metrics: Sequence[Metric], multiplier: Tensor, radius: Tensor) -> Tensor:
+    xs = _nearest(ys, metrics, multiplier)
+    norm = _norm(xs)
+    slope = _sum([x * x / (h + multiplier.to(x)) for x, h in zip(xs, metrics, strict=True)])
+    tiny = torch.finfo(norm.dtype).tiny
+    return (multiplier + norm * norm / slope.clamp_min(tiny) * (norm / radius - 1)).clamp_min(0)
 
 
 def _nearest(ys: list[Tensor], metrics: Sequence[Metric], multiplier: Tensor) -> list[Tensor]:
     return [y * (h / (h + multiplier.to(y))) for y, h in zip(ys, metrics, strict=True)]
+
+
+def _unit(ys: list[Tensor]) -> Tensor:
+    """The root of the largest element where that is large, so that the squares of weights and radius are numbers; 1 elsewhere."""
+    largest = torch.stack([ys[0].new_ones(()), *[_primal(y).abs().amax().to(ys[0]) for y in ys if y.numel()]]).amax()
+    return torch.where(largest > LARGE, largest.clamp_max(torch.finfo(largest.dtype).max).sqrt(), 1.0)
 
 
 def _norm(xs: list[Tensor]) -> Tensor:

@@ -276,6 +276,15 @@ def test_hypergradients_are_finite_differences(case, inside, horizon, monkeypatc
     test_derivatives.check(case, node, steps, horizon)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e15, 1e20, 1e30, 1e37])
+def test_weights_without_a_square_come_back_to_the_ball(size):
+    ys = [torch.tensor([3.0, -4.0]) * size, torch.zeros(0), torch.tensor(12.0, dtype=torch.float64) * size]
+    for metrics in ([1.0] * 3, [torch.tensor([0.5, 0.5]), torch.zeros(0), torch.tensor(0.5, dtype=torch.float64)]):
+        xs = Ball(2).project(ys, metrics)
+        for x, part in zip(xs, ([3 / 13, -4 / 13], [], 12 / 13), strict=True):
+            torch.testing.assert_close(x.float(), 2 * torch.tensor(part), rtol=1e-4, atol=0)
+
+
 @every_set
 @some_cases
 def test_the_graph_is_the_same_at_horizon_1(case, inside):
