@@ -135,6 +135,8 @@ class Group:
 
     def check(self) -> None:
         """Raise if a step cannot be taken, before anything is changed."""
+        if "momentum" in self.group and "momentum" not in self.names:  # written by a scheduler that cycles it
+            self.group["beta1"] = self.group.pop("momentum")
         usual = self.group["project"] == self.set and "betas" not in self.group
         for p in self.params:
             usual = usual and (p.grad is None or p.grad.layout == torch.strided)
@@ -210,14 +212,6 @@ class Group:
                 node.q = {}
         self.versions |= {name: value._version for name, value in self.live.items()}
         self.origin.note()
-
-    @torch.no_grad()
-    def follow_edits(self) -> None:
-        """Move the state along with weights that are often changed from outside."""
-        for buffer in self.buffers:
-            if buffer.edits is not None and buffer.edits.wanted():
-                buffer.gather()
-                buffer.edits.begin()
 
     def average(self, p: Tensor) -> Tensor | None:
         """The weights to evaluate a parameter with, where those are not its own."""

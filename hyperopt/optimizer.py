@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from . import adopt, checkpoint, driven, held_out, roles
 from .body.shards import local
 from .group import Group
-from .param_group import check_arguments, check_parameters, check_scheduler, prepared
+from .param_group import check_arguments, check_parameters, check_scheduler, defaults, prepared
 from .rules.black_box import BlackBox
 from .spec.level import Level
 
@@ -52,7 +52,7 @@ class HyperOptimizer(Optimizer):
         if source is not None:
             params = adopt.groups_of(source, tower.rule)
             self.tower = tower.released()  # so that a copy or a pickle does not drag the old optimizer along
-        super().__init__(params, {name: tower.rule.value(name) for name in tower.rule.declared()})
+        super().__init__(params, defaults(tower.rule))
         if source is not None:
             self.state.update(adopt.state_of(source))
             self._groups()
@@ -70,6 +70,8 @@ class HyperOptimizer(Optimizer):
             raise ValueError(f"{self.tower.rule} is driven as a whole: add the parameters to it before a tower is made from it")
         super().add_param_group(prepared(param_group, self.tower))
         added = self.param_groups[-1]
+        if "momentum" not in self.tower.rule.declared():
+            added.pop("momentum", None)
         try:
             check_parameters(added["params"])
             self._bound.append(Group(self.tower, added, self.state, compile=self.compile, schedule=self.schedule))
@@ -138,8 +140,8 @@ class HyperOptimizer(Optimizer):
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
         groups = [] if self._averaged else self._groups()
-        for group in groups:
-            group.follow_edits()
+        for buffer in [buffer for group in groups for buffer in group.buffers]:
+            buffer.follow()
         pairs = [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
         if not pairs:
             yield

@@ -34,6 +34,12 @@ def check_arguments(params: Any, compile: Any, hyper_every: Any, schedule: Any) 
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def defaults(rule: Rule) -> dict[str, Any]:
+    """What torch's schedulers look at: the hyperparameters, and a momentum, in place of which they are given beta1 where there is none."""
+    values: dict[str, Any] = {name: rule.value(name) for name in rule.declared()}
+    return ({"momentum": values["beta1"]} if "beta1" in values else {}) | values
+
+
 def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
     """A copy of a group that a user gave, as torch.optim takes it; raises for what cannot be what the user meant."""
     if not isinstance(param_group, dict):

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from hyperopt import SGD, Adam, Averaged, Hyper, Muon, ScheduleFree
+from hyperopt import SGD, Adagrad, Adam, Averaged, Hyper, Muon, ScheduleFree
 
 LR = 1e-2
 TOWER = Hyper(Adam, lr=LR).stack(Adam)
@@ -312,17 +312,27 @@ def test_counting_does_not_wait_for_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("scheduler", [lambda o: OneCycleLR(o, 0.1, total_steps=9), lambda o: CyclicLR(o, 0.01, 0.1)])
-def test_momentum_is_cycled_where_a_rule_has_it_and_refused_where_not(scheduler):
-    with pytest.raises(ValueError, match="cycle_momentum"):
-        scheduler(TOWER.bind(net().parameters()))
-    model = net()
-    optimizer = Hyper(SGD, momentum=0.9).stack(SGD).bind(model.parameters(), schedule=True)
-    schedule, seen = scheduler(optimizer), set()
+@pytest.mark.parametrize(("rule", "name"), [(SGD(momentum=0.9), "momentum"), (Adam, "beta1"), (ScheduleFree(Adam), "beta1")])
+def test_momentum_is_cycled_as_in_torchs_own(rule, name, scheduler):
+    model, twin = net(), net()
+    optimizer = Hyper(rule, lr=0.01).stack(SGD).bind(model.parameters(), schedule=True)
+    other = torch.optim.Adam(twin.parameters())
+    schedule, reference, seen = scheduler(optimizer), scheduler(other), set()
     for step in range(5):
         train(model, optimizer, range(step, step + 1))
-        seen.add(round(float(optimizer.hyperparameters()["0.momentum"]), 5))
+        train(twin, other, range(step, step + 1))
+        value = float(optimizer.hyperparameters()[f"0.{name}"])
+        assert value == pytest.approx(other.param_groups[0]["betas"][0], rel=1e-6)
+        seen.add(round(value, 5))
         schedule.step()
+        reference.step()
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("scheduler", [lambda o: OneCycleLR(o, 0.1, total_steps=9), lambda o: CyclicLR(o, 0.01, 0.1)])
+def test_momentum_is_not_cycled_where_there_is_none(scheduler):
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        scheduler(Hyper(Adagrad).stack(SGD).bind(net().parameters()))
 
 
 @pytest.mark.parametrize("per", ["tensor", "coordinate"])

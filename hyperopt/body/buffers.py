@@ -98,6 +98,13 @@ class Buffer:
             if self.edits is not None:
                 self.edits.gathered(self._x)
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the state along with weights that are changed from outside again and again."""
+        if self.edits is not None and self.edits.wanted():
+            self.gather()
+            self.edits.begin()
+
     def scatter(self) -> None:
         """Copy the flat buffer back to the tensors, rounding to their dtype."""
         if not self.direct:

@@ -182,10 +182,8 @@ class Passes:
         if not (self.contiguous and all(x_pointers) and all(g_pointers)) or len(set(x_pointers)) < len(x_pointers):
             return False  # what is empty, all zeros without memory, or two parameters in one
         self.pointers[: 2 * self.count] = x_pointers + g_pointers
-        for edits in self.edits:
-            if edits.wanted():
-                edits.buffer.gather()
-                edits.begin()
+        for buffer in self.buffers:
+            buffer.follow()
         if any(self.told):
             self._give(grads, directions, body)
         if self.functions.look(torch.get_num_threads(), *self.look_at):
