@@ -230,8 +230,9 @@ WORKLOADS = {
     )
 }
 
-# Longer versions for a GPU.
+# Longer versions, two of them for a GPU.
 LONG = (
+    replace(WORKLOADS["m3"], name="m3_30", title="MNIST, MLP 784-128-10, batch 256, 30 epochs", steps=7050),
     replace(WORKLOADS["r12"], name="r12_10000", title="War and Peace, char-RNN 2×128, batch 32×64, 10,000 steps", steps=10_000),
     replace(WORKLOADS["gpt"], name="gpt_1500", title="tinyshakespeare, GPT 4×128, batch 32×128, 1,500 steps", steps=1500),
 )

@@ -289,7 +289,7 @@ def test_the_grid_of_a_peer_grows_until_its_best_is_inside():
 
 
 def test_muon_is_left_out_where_a_cpu_is_too_slow_for_it():
-    always = {"m3", "r12", "gpt", "r12_10000", "gpt_1500"}  # ResNet-20 has no matrix
+    always = {"m3", "m3_30", "r12", "gpt", "r12_10000", "gpt_1500"}  # ResNet-20 has no matrix
 
     def has(device, full):
         plans = {name: robustness.plan(w, {}, full, device=device) for name, w in WORKLOADS.items()}
