@@ -215,9 +215,10 @@ class Group:
 
     def average(self, p: Tensor) -> Tensor | None:
         """The weights to evaluate a parameter with, where those are not its own."""
-        x, record = local(p).detach(), self.state.get(p, {})
+        record = self.state.get(p, {})
         if not self.rule.averages or "t" not in record:
             return None
+        x = local(p).detach()
         return self.rule.average(x + record["rest"] if "rest" in record else x, record)
 
     def _notice(self) -> None:

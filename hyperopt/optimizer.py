@@ -139,10 +139,7 @@ class HyperOptimizer(Optimizer):
         Raises:
             RuntimeError: a step inside, or a checkpoint, a copy or a pickle, which would hold other weights than training goes on from.
         """
-        groups = [] if self._averaged else self._groups()
-        for buffer in [buffer for group in groups for buffer in group.buffers]:
-            buffer.follow()
-        pairs = [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
+        pairs = self._averages()
         if not pairs:
             yield
             return
@@ -229,6 +226,13 @@ class HyperOptimizer(Optimizer):
             self._bound = [Group(tower, group, state, **how) for group in self.param_groups]
         self._bound = [bound.current(tower, group, state, **how) for bound, group in zip(self._bound, self.param_groups, strict=True)]
         return self._bound
+
+    @UNTRACED
+    def _averages(self) -> list[tuple[Tensor, Tensor]]:
+        groups = [] if self._averaged else self._groups()
+        for buffer in [buffer for group in groups for buffer in group.buffers]:
+            buffer.follow()
+        return [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
 
     def _check_outside(self, what: str) -> None:
         if self._averaged:
