@@ -58,12 +58,12 @@ def test_the_scale_of_the_loss_is_no_matter(scale):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
-def test_filters_are_served_by_adam():
+def test_hidden_matrices_and_filters_are_served_by_muon():
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 6), torch.nn.Linear(6, 2))
     for optimizer in (auto(model), auto(model, steps=9)):
         group = optimizer.param_groups[0]
         assert dict(zip(group["param_names"], group["rule"], strict=True)) == {
-            "0.weight": "Adam",
+            "0.weight": "Muon",
             "0.bias": "Adam",
             "2.weight": "Muon",
             "2.bias": "Adam",
