@@ -75,9 +75,9 @@ def test_the_hypergradient_is_the_derivative_of_the_held_out_loss(rule, at):
     eps = 1e-5
     for name in names:
         expected = (loss_after(name, eps) - loss_after(name, -eps)) / (2 * eps)
-        assert float(found[f"0.{name}"]) == pytest.approx(expected, rel=1e-6, abs=1e-12), name
+        assert float(found[f"0.{name}"]) == pytest.approx(expected, rel=1e-6, abs=1e-10), name
         # Weights never see the average, nor the average of Schedule-Free the interpolation.
-        assert (expected == 0) == ((name, at) in (("decay", "weights"), ("beta1", "average")))
+        assert (abs(expected) < 1e-10) == ((name, at) in (("decay", "weights"), ("beta1", "average")))
 
 
 def test_parameters_gradients_and_state_are_left_alone_and_calls_add_up():
