@@ -133,7 +133,7 @@ def training_step(name: str, workload: str, device: str) -> Step:
         text = torch.randint(alphabet, (50, task.batch, task.length + 1), device=device)
         xs, ys = text[..., :-1], text[..., 1:]
     else:
-        shape = {"c3": (3, 32, 32), "cnn": (1, 28, 28)}.get(workload, (784,))
+        shape = (3, 32, 32) if workload == "c3" else (784,)
         xs, ys = torch.rand(50, task.batch, *shape, device=device), torch.randint(10, (50, task.batch), device=device)
 
     def loss(call: Any, at: int) -> Tensor:
