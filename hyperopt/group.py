@@ -201,10 +201,10 @@ class Group:
         self.tower["calls"] += 1
         learn, q = self.tower["calls"] % every == 0, self.tower.pop("held_out", None)
         gs, self._gs = self._gs, []  # not kept: the next backward pass needs their memory
-        if self._young:
-            self._young = False
-            self.tree.make_tangents(gs, torch.zeros_like(self.one))
         with self.duals:
+            if self._young:
+                self._young = False
+                self.tree.make_tangents(gs, torch.zeros_like(self.one))
             self._step(gs, self.one if ok is None else ok.to(self.one), q, learn)
         self.body.finish()
         if self.tower["calls"] == 1:  # with tangents that are still 0 nothing was said of the values

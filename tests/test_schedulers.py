@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from hyperopt import SGD, Adagrad, Adam, Averaged, Hyper, Muon, ScheduleFree
+from hyperopt.body.arithmetic import Selected
 
 LR = 1e-2
 TOWER = Hyper(Adam, lr=LR).stack(Adam)
@@ -234,6 +235,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused_and_changes_nothing():
 
 
 def test_a_step_does_not_wait_for_the_device(monkeypatch):
+    monkeypatch.setattr("hyperopt.body.eager.OnHost", Selected)  # as on a GPU: a CPU waits for nothing
     model = net()
     optimizer = TOWER.bind(model.parameters(), schedule=True)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, step / 4))
@@ -294,6 +296,7 @@ def test_nobody_is_told_where_lr_is_learned_or_held(tower, scheduler, keywords):
 
 
 def test_counting_does_not_wait_for_the_device(monkeypatch):
+    monkeypatch.setattr("hyperopt.body.eager.OnHost", Selected)  # as on a GPU: a CPU waits for nothing
     model = net()
     optimizer = TOWER.bind(model.parameters())
     schedule = LambdaLR(optimizer, lambda _: 1.0)

@@ -1,5 +1,6 @@
 """Weights that are changed from outside, between steps."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Edits:
     """
 
     def __init__(self, buffer: Any) -> None:
-        self.buffer = buffer
+        self.buffer = weakref.proxy(buffer)  # which holds this: a cycle would live until Python looks for some
         rounds, saved = buffer.shards[0].dtype != buffer.dtype, buffer.records[0]
         rest, self.seen = (buffer.load(name) if name in saved else None for name in ("rest", "seen"))
         for record in buffer.records:
@@ -38,17 +39,18 @@ class Edits:
         self.sum: Tensor | None = None  # of x as the last step left it, where a step has to look
         # Read one step late, so that nothing waits for the device.
         self.changed = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=buffer.t.device.type == "cuda")
+        self.told = self.changed.numpy()  # the same memory, which is read as it is
 
     def wanted(self) -> bool:
         """Whether a copy of x is kept, or should be."""
-        return self.seen is not None or bool(self.changed)
+        return self.seen is not None or bool(self.told)
 
     def begin(self) -> None:
         """Move the state along with x, as it was gathered."""
         x = self.buffer.x()
         if self.seen is not None:
             self._follow(x, self.seen)
-        elif bool(self.changed):
+        elif bool(self.told):
             self.seen = x.clone()
             self.buffer.keep("seen", self.seen)
         elif self.sum is not None:

@@ -41,6 +41,7 @@ class Native(Eager):
         self.passes: Passes | None = None  # of this step
         self.left: tuple[Passes, float] | None = None  # those of the step before, and the sum of x that they have left
         self.sums = torch.zeros(6, dtype=torch.float32, device="cpu")
+        self.told = self.sums.numpy()  # the same memory
         self.orders = torch.zeros(4, dtype=torch.float32, device="cpu")
 
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
@@ -48,7 +49,7 @@ class Native(Eager):
         self.passes = None if maximize else self._passes()
         left, self.left = self.left, None
         if self.passes is not None and self.passes.look(grads, directions, self):
-            if left is not None and left[0] is self.passes and left[1] != self.sums[5].item():
+            if left is not None and left[0] is self.passes and left[1] != float(self.told[5]):
                 for edits in self.passes.edits:
                     edits.changed.fill_(True)
             return []
@@ -95,7 +96,7 @@ class Native(Eager):
         else:
             self.passes.take(self)
             if self.passes.edits:
-                self.left = self.passes, self.sums[5].item()
+                self.left = self.passes, float(self.told[5])
 
     def changed(self) -> None:
         super().changed()
