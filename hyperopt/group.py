@@ -213,13 +213,13 @@ class Group:
         self.versions |= {name: value._version for name, value in self.live.items()}
         self.origin.note()
 
-    def average(self, p: Tensor) -> Tensor | None:
-        """The weights to evaluate a parameter with, where those are not its own."""
-        record = self.state.get(p, {})
-        if not self.rule.averages or "t" not in record:
-            return None
-        x = local(p).detach()
-        return self.rule.average(x + record["rest"] if "rest" in record else x, record)
+    def averages(self) -> list[tuple[Tensor, Tensor]]:
+        """The weights of each tensor with those to evaluate it with, where the rule averages."""
+        for buffer in self.buffers:
+            buffer.follow()
+        self.origin.note()  # a buffer may have begun to keep a copy of its weights
+        states = [(local(p).detach(), self.state.get(p, {})) for p in self.params if self.rule.averages]
+        return [(x, self.rule.average(x + s["rest"] if "rest" in s else x, s)) for x, s in states if "t" in s]
 
     def _notice(self) -> None:
         """Find the values that a user, or a scheduler, may have assigned: Python can see that without looking at them."""

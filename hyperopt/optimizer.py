@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import adopt, checkpoint, driven, held_out, roles
-from .body.shards import local
 from .group import Group
 from .param_group import check_arguments, check_parameters, check_scheduler, defaults, prepared
 from .rules.black_box import BlackBox
@@ -229,10 +228,7 @@ class HyperOptimizer(Optimizer):
 
     @UNTRACED
     def _averages(self) -> list[tuple[Tensor, Tensor]]:
-        groups = [] if self._averaged else self._groups()
-        for buffer in [buffer for group in groups for buffer in group.buffers]:
-            buffer.follow()
-        return [(local(p), average) for group in groups for p in group.params if (average := group.average(p)) is not None]
+        return [] if self._averaged else [pair for group in self._groups() for pair in group.averages()]
 
     def _check_outside(self, what: str) -> None:
         if self._averaged:

@@ -185,3 +185,15 @@ def test_threads_that_train_one_model_without_a_lock_get_somewhere():
         worker.join()
     loss.append((model(X) - Y).square().mean().item())
     assert loss[1] < 0.3 * loss[0]
+
+
+def test_a_copy_that_is_begun_while_evaluating_rebuilds_nothing(monkeypatch):
+    model, optimizer = made("free, learned", "C++", monkeypatch)
+    step(model, optimizer)
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    step(model, optimizer)
+    group = optimizer._groups()[0]
+    with optimizer.averaged():
+        assert "seen" in optimizer.state[model[0].weight]
+    assert optimizer._groups()[0] is group
