@@ -159,11 +159,14 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], st
             gram = x @ x.mT if step else gram
             x = baddbmm(x, baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.mT if tall else x
-    # A wide matrix is read twice and not in every step: x·xᵀ is followed instead, and so is the matrix that all steps multiply x with.
+    # A wide matrix is read twice and not in every step: x·xᵀ is followed instead, and so is the product of what the steps multiply x with,
+    # a + q each. All of these are polynomials of the first x·xᵀ, so that their order is no matter.
     product = None
-    for _ in range(steps):
-        power = a * eye(gram.shape[1], dtype=x.dtype, device=x.device) + baddbmm(gram, gram, gram, beta=b, alpha=c)
-        gram = power @ gram @ power
-        product = power if product is None else power @ product
-    x = x if product is None else product @ x
+    for step in range(steps):
+        q = baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = a * eye(q.shape[1], dtype=x.dtype, device=x.device) + q if product is None else baddbmm(product, q, product, beta=a)
+        if step < steps - 1:
+            once = baddbmm(gram, q, gram, beta=a)
+            gram = baddbmm(once, once, q, beta=a)
+    x = product @ x
     return x.mT if tall else x
