@@ -79,8 +79,11 @@ class Rule(ABC):
     (nesterov, decoupled …). A hyperparameter whose value is 0 on the boundary of its domain may be left out of `init` and `direction`
     altogether: if another value is assigned later, the state is extended.
 
+    A rule with an option `cautious` lets only those elements decay whose size the direction does not increase, d·x ≥ 0 (Chen et al. 2025,
+    arXiv 2510.12402): decay then never works against the loss, whatever the scale of the weights.
+
     Raises:
-        ValueError: a value outside the closure of its domain.
+        ValueError: a value outside the closure of its domain; `cautious` without decoupled decay.
         TypeError: a value that is not a number; a subclass that defines neither `direction` nor `update`.
     """
 
@@ -93,7 +96,8 @@ class Rule(ABC):
     # kept relative to x so that they move along with weights that are changed from outside.
     gapped: ClassVar[bool] = False
     totals: ClassVar[bool] = False  # `after` reads h.total
-    through = 1.0  # the share of the average in the hypergradient of a step; no annotation, since ScheduleFree has a field of this name
+    cautious = False  # decoupled decay of elements with d·x ≥ 0 alone; no annotation, since rules have fields of this name
+    through = 1.0  # the share of the average in the hypergradient of a step; likewise
     parts: ClassVar[tuple[str, ...]] = ()  # the names of the directions, where there are two (Muon | Adam)
     role: ClassVar[Role] = Role()  # of the tensors that it is to step
 
@@ -179,6 +183,8 @@ class Rule(ABC):
             value = getattr(self, name)
             for number in value.values() if isinstance(value, Mapping) else (value,):
                 check(f"{type(self).__name__}({name})", number, declared.domain)
+        if self.cautious and self._couples():
+            raise ValueError(f"{type(self).__name__}(cautious=True) is for decay that is decoupled: give decoupled=True too")
 
     def _arrive(self, x: Tensor, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         """Where the step takes that which lr moves, and the state on the way to `after`."""
@@ -191,14 +197,12 @@ class Rule(ABC):
 
     def _step(self, x: Tensor, d: Tensor, h: Values, t: Tensor) -> Tensor:
         """The direction with decoupled weight decay."""
-        return d + self._decay(h, t) * x if self._decays() and not self._couples() else d
+        if not self._decays() or self._couples():
+            return d
+        return d + self._decay(h, t) * (torch.where(d * x >= 0, x, torch.zeros_like(x)) if self.cautious else x)
 
     def _decays(self) -> bool:
-        return getattr(self, "weight_decay", 0) != 0 and self._subject()
-
-    def _subject(self) -> bool:
-        """Whether weight decay applies to the tensors that this rule serves."""
-        return True
+        return getattr(self, "weight_decay", 0) != 0
 
     def _couples(self) -> bool:
         """Whether weight decay is added to the gradient, so that the direction depends on x."""

@@ -67,6 +67,7 @@ def torch_peer(params: Iterable[Tensor], rule: Rule) -> torch.optim.Optimizer:
     values = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "bias_correction"}
     if "beta1" in values:
         values["betas"] = (values.pop("beta1"), values.pop("beta2"))
+    assert not values.pop("cautious", False)
     if "decoupled" in values:
         values["decoupled_weight_decay"] = values.pop("decoupled")
     return getattr(torch.optim, type(rule).__name__)(params, **values)
@@ -147,6 +148,13 @@ CASES = (
     Case("adam-eps", Adam(lr=0.02, beta1=0.8, beta2=0.9, eps=0.01), ADAM, torch_peer, "weight_decay is 0, on the boundary"),
     Case("adam-decay", Adam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05), (*ADAM, "weight_decay"), torch_peer),
     Case("adamw", AdamW(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5), (*ADAM, "weight_decay"), torch_adamw),
+    Case(
+        "adamw-cautious",
+        AdamW(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5, cautious=True),
+        (*ADAM, "weight_decay"),
+        papers.cautious_adamw,
+        "torch has no cautious weight decay",
+    ),
     Case("adamw-amsgrad", AdamW(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, amsgrad=True), (*ADAM, "weight_decay"), torch_adamw),
     Case("nadam-decay", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05, momentum_decay=0.1), NADAM, torch_peer),
     Case("nadam-decoupled", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5, momentum_decay=0.1, decoupled=True), NADAM, torch_peer),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperopt import ADOPT, Exponent, Muon, Rule
+from hyperopt import ADOPT, Adam, Exponent, Muon, Rule
 
 Step = Callable[[Tensor, Tensor, dict[str, Any], int], Tensor]
 
@@ -61,6 +61,19 @@ def exponent(params: Iterable[Tensor], rule: Rule) -> torch.optim.Optimizer:
         if rule.decoupled:
             x = x - rule.lr * rule.weight_decay * x
         return x - rule.lr * m / (v ** (1 / rule.eta) + rule.eps) ** (2 * rule.p)
+
+    return Paper(params, step)
+
+
+def cautious_adamw(params: Iterable[Tensor], rule: Rule) -> torch.optim.Optimizer:
+    """Chen et al. 2025, Algorithm 1 over Adam."""
+    assert isinstance(rule, Adam)
+
+    def step(x: Tensor, g: Tensor, kept: dict[str, Any], t: int) -> Tensor:
+        m = kept["m"] = rule.beta1 * kept.get("m", 0) + (1 - rule.beta1) * g
+        v = kept["v"] = rule.beta2 * kept.get("v", 0) + (1 - rule.beta2) * g**2
+        u = (m / (1 - rule.beta1**t)) / ((v / (1 - rule.beta2**t)).sqrt() + rule.eps)
+        return x - rule.lr * (u + rule.weight_decay * (u * x >= 0) * x)
 
     return Paper(params, step)
 

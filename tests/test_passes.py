@@ -25,7 +25,7 @@ SHARED = [[3, 40_001], [1, 1024, 17]]  # enough for two threads
 FAR = [[3], [1_100_001]]  # enough for fetching ahead
 STEPS = 5
 RULES = ["plain", "averaged", "averaged untold", "free", "free, forgetting"]
-NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE, Column.DECAY]
+NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE]
 KEEP = 0.9
 FORGET, THROUGH = 0.3, 0.6
 
@@ -39,12 +39,20 @@ pytestmark = [
 
 @dataclass
 class Case:
-    """A direction, a rule, whether weights decay, and whether lr is learned; `averaged untold` has no tangent of its average."""
+    """A direction, a rule, how weights decay, and whether lr is learned; `averaged untold` has no tangent of its average."""
 
     direction: str
     rule: str
-    decay: float
+    decaying: str
     learned: bool
+
+    @property
+    def decay(self) -> float:
+        return 0.0 if self.decaying == "still" else 0.1
+
+    @property
+    def cautious(self) -> bool:
+        return self.decaying == "cautious"
 
     @property
     def forgets(self) -> bool:
@@ -68,14 +76,14 @@ class Case:
 
 CASES = [
     Case(*case)
-    for case in itertools.product(["given", "gradient", "momentum"], RULES, [0.0, 0.1], [False, True])
+    for case in itertools.product(["given", "gradient", "momentum"], RULES, ["still", "decay", "cautious"], [False, True])
     if case[1] != "averaged untold" or case[3]
 ]
 
 
 def name(case: Case) -> str:
     rule = case.rule.replace(",", "").replace(" ", "-")
-    return f"{case.direction}-{rule}-{'decay' if case.decay else 'still'}-{'learned' if case.learned else 'fixed'}"
+    return f"{case.direction}-{rule}-{case.decaying}-{'learned' if case.learned else 'fixed'}"
 
 
 def unaligned(size: int) -> Tensor:
@@ -106,8 +114,6 @@ class Weights:
         sizes = [size for chunk in self.chunks for size in chunk]
         self.tensors = {column: [unaligned(size) for size in sizes] for column in self.case.columns()}
         self.numbers = [{column: torch.zeros(()) for column in NUMBERS} for _ in self.chunks]
-        for i, numbers in enumerate(self.numbers):
-            numbers[Column.DECAY].fill_(self.case.decay / (1 + i))
         self.heads = torch.tensor([0, *itertools.accumulate(len(chunk) for chunk in self.chunks[:-1])])
         self.values = [torch.zeros(()) for _ in Value]
         blocks = [(i, at, min(BLOCK, size - at)) for i, size in enumerate(sizes) for at in range(0, size, BLOCK)]
@@ -123,11 +129,10 @@ class Weights:
             return self.tensors[column][i].data_ptr() if column in self.tensors else None
         free = Column.GAP in self.tensors and (self.case.learned or column != Column.ZWEIGHT)
         free = free and (self.case.forgets or column not in (Column.LAG, Column.LAG_SIZE))
-        there = self.case.decay != 0 if column == Column.DECAY else free or column == Column.T
-        return self.numbers[self.owner[i]][column].data_ptr() if there else None
+        return self.numbers[self.owner[i]][column].data_ptr() if free or column == Column.T else None
 
     def set(self, h: Hypers) -> None:
-        options = [FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]
+        options = [*([FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]), self.case.decay, float(self.case.cautious)]
         for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, h.beta, h.rest_decay, *options], strict=True):
             value.fill_(number)
 
@@ -188,7 +193,7 @@ class Reference:
     def __init__(self, made: Weights, i: int) -> None:
         self.case, numbers = made.case, made.numbers[made.owner[i]]
         self.has = {column: tensors[i].double() for column, tensors in made.tensors.items()}
-        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size, self.decay = (numbers[column].double() for column in NUMBERS)
+        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size = (numbers[column].double() for column in NUMBERS)
         self.free = Column.GAP in self.has
         x = self.has[Column.X]
         zeros = torch.zeros_like(x)
@@ -212,8 +217,11 @@ class Reference:
         m_hat = m / (1 - (1 - h.rest1) ** t) if self.case.direction == "momentum" else g
         return m_hat / ((v / (1 - (1 - h.rest2) ** t)).sqrt() + h.eps), m, v
 
+    def decayed(self, d: Tensor, x: Tensor) -> Tensor:
+        return d + self.case.decay * (x * ((d >= 0) == (x >= 0)) if self.case.cautious else x)
+
     def look(self, g: Tensor, d: Tensor | None, h: Hypers) -> list[Tensor]:
-        s = self.direction(g, d, h)[0] + self.decay * self.x(self.place, self.average, self.mix)
+        s = self.decayed(self.direction(g, d, h)[0], self.x(self.place, self.average, self.mix))
         tangent = self.za if self.free else self.z
         if self.case.forgets:
             tangent = THROUGH * self.za + (1 - THROUGH) * self.z
@@ -232,7 +240,7 @@ class Reference:
             lr = forward_ad.make_dual(torch.tensor(h.lr).double().log(), torch.ones(()).double()).exp()
             place, average = forward_ad.make_dual(self.place, KEEP * self.z), forward_ad.make_dual(self.average, KEEP * self.za)
             weight = past * forward_ad.make_dual(self.weight, KEEP * self.zweight) + lr**2
-            place = place - lr * (d + self.decay * self.x(place, average, self.mix))
+            place = place - lr * self.decayed(d, self.x(place, average, self.mix))
             share = lr**2 / weight if self.free else h.rest_decay / (1 - decay**t)
             average = average + share * (place - average)
             (self.place, self.z), (self.average, self.za), (self.weight, self.zweight) = (
@@ -273,7 +281,7 @@ def test_steps_are_those_of_the_books(case: Case) -> None:
     follow(case, CHUNKS, STEPS)
 
 
-@pytest.mark.parametrize("case", [Case("momentum", rule, 0.1, True) for rule in RULES], ids=name)
+@pytest.mark.parametrize("case", [Case("momentum", rule, "decay", True) for rule in RULES], ids=name)
 def test_steps_of_many_weights_are_those_of_the_books(case: Case) -> None:
     follow(case, FAR, 2)
 
@@ -346,7 +354,7 @@ def test_tangents_that_are_not_finite_start_again(case: Case, bad: float) -> Non
 
 @pytest.mark.parametrize("measure", [0, 1])
 def test_look_is_asked_for_no_more_than_it_does(measure: int) -> None:
-    made = started(Case("momentum", "plain", 0.1, True))
+    made = started(Case("momentum", "plain", "decay", True))
     made.set(Hypers(lr=0.05, beta=0.9))
     gradients(made, torch.Generator().manual_seed(1))
     full, sums = made.look(1), made.look(measure)
@@ -355,7 +363,7 @@ def test_look_is_asked_for_no_more_than_it_does(measure: int) -> None:
 
 
 def test_gradients_that_are_not_finite_are_seen() -> None:
-    made = started(Case("momentum", "plain", 0.1, True))
+    made = started(Case("momentum", "plain", "decay", True))
     made.set(Hypers(lr=0.05, beta=0.9))
     for bad in (math.nan, math.inf, -math.inf):
         gradients(made, torch.Generator().manual_seed(1))
@@ -366,7 +374,7 @@ def test_gradients_that_are_not_finite_are_seen() -> None:
 
 @pytest.mark.parametrize("direction", ["given", "momentum"])
 def test_infinite_weights_do_not_decay_to_nan(direction: str) -> None:
-    made = started(Case(direction, "plain", 0.1, True))
+    made = started(Case(direction, "plain", "decay", True))
     made.set(Hypers(lr=0.05, beta=0.9))
     gradients(made, torch.Generator().manual_seed(1))
     made.tensors[Column.X][1][7] = math.inf
@@ -377,7 +385,7 @@ def test_infinite_weights_do_not_decay_to_nan(direction: str) -> None:
 
 
 def test_ends_are_exact() -> None:
-    made = started(Case("momentum", "free", 0.0, True))
+    made = started(Case("momentum", "free", "still", True))
     made.set(Hypers(lr=0.05, beta=1.0, rest1=1.0, rest2=1.0))
     gradients(made, torch.Generator().manual_seed(1))
     gs, ms, vs = (made.tensors[column] for column in (Column.G, Column.M, Column.V))
@@ -394,7 +402,7 @@ def test_ends_are_exact() -> None:
 
 @pytest.mark.parametrize("direction", ["gradient", "momentum"])
 def test_without_gradients_and_eps_nothing_moves(direction: str) -> None:
-    made = started(Case(direction, "plain", 0.0, True))
+    made = started(Case(direction, "plain", "still", True))
     for moment in (*made.tensors[Column.V], *made.tensors.get(Column.M, [])):
         moment.zero_()
     made.set(Hypers(lr=0.05, beta=0.9, eps=0.0))
@@ -407,7 +415,7 @@ def test_without_gradients_and_eps_nothing_moves(direction: str) -> None:
 @pytest.mark.parametrize("lr", [0.0, 1e-25, 1e-20])
 @pytest.mark.parametrize("rule", ["free", "free, forgetting"])
 def test_a_vanishing_lr_leaves_all_finite(rule: str, lr: float) -> None:
-    made = started(Case("momentum", rule, 0.1, True))
+    made = started(Case("momentum", rule, "decay", True))
     for _ in range(3):
         made.set(Hypers(lr=lr, beta=0.9))
         gradients(made, torch.Generator().manual_seed(1))

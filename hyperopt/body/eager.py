@@ -183,7 +183,8 @@ class Eager:
         if r:
             z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
             if rule._decays():
-                keep = keep * (1 - h.lr * rule._decay(h, block.t))
+                decay = h.lr * rule._decay(h, block.t)
+                keep = keep * (1 - (decay * (step * block.x >= 0) if rule.cautious else decay))
             self.arithmetic.displace(block.x, z, step, h.lr, keep, counts)
         else:
             move = step * h.lr

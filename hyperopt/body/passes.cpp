@@ -31,8 +31,8 @@
 namespace {
 
 // Columns of `tensors` and indices of `values`; functions.py has the same names in the same order.
-enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE, DECAY };
-enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH };
+enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE };
+enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH, DECAY, CAUTIOUS };
 
 constexpr int SUMS = 6;               // that `look` makes
 constexpr float MEMORY = 0.98f;       // of the mean that says whether an average lags behind, as in schedule_free.py
@@ -122,16 +122,26 @@ struct Scalars {
     }
 };
 
+// Decoupled weight decay: of every element, or of those whose size the step does not increase. A step with decay has the sign of that
+// without.
+struct Decay {
+    float rate, above;
+
+    explicit Decay(const Table& table) : rate(table.value(DECAY)), above(table.value(CAUTIOUS) > 0 ? 0 : -INFINITY) {}
+    float of(float step, float x) const { return step * x >= above ? rate : 0; }
+};
+
 // What the averages and tangents of a tensor count at a step.
 struct Mix {
-    float lr, decay, beta, keep;    // keep: what tangents count in those that follow
+    float lr, beta, keep;           // keep: what tangents count in those that follow
+    Decay decay;
     float mix = 0;                  // ScheduleFree's beta1 of the step before: z = x + mix·gap
     float weight = 0, zweight = 0;  // its w' and the tangent of that
     float lag = 0, lag_size = 0;    // its means of <g, gap> and of the size of that
     float share = 0, zshare = 0;    // c in a' = a + c·(place' − a), and its tangent
 
     Mix(const Table& table, int64_t tensor, float step, float kept, float behind)
-        : lr(step), decay(table.number(DECAY, tensor)), beta(table.value(BETA)), keep(kept) {
+        : lr(step), beta(table.value(BETA)), keep(kept), decay(table) {
         if (table.column(GAP, tensor)) {
             float square = lr * lr;
             mix = table.number(MIX, tensor);
@@ -161,7 +171,7 @@ template <int... OPTIONS, class F> void choose(int option, F f) {
 }
 
 // The step at lr = 1 of element j; Adam's moments are put into m1 and v1.
-template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Adam& adam, float decay, int64_t j, float& m1, float& v1) {
+template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Adam& adam, Decay decay, int64_t j, float& m1, float& v1) {
     float s;
     if constexpr (KIND == GIVEN) s = at.d[j];
     else {
@@ -169,7 +179,10 @@ template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Ada
         if constexpr (KIND == MOMENTUM) m1 = adam.moment1(at.m[j], m1);
         s = adam.direction(m1, v1);
     }
-    if constexpr (DECAYED) s += decay * finite_or_zero(at.x[j]);
+    if constexpr (DECAYED) {
+        const float x = finite_or_zero(at.x[j]);
+        s += decay.of(s, x) * x;
+    }
     return s;
 }
 
@@ -189,7 +202,7 @@ struct Pull {
 
 // Adds Σg², Σg·z, of the step Σs², and Σg·gap to `sums`.
 template <int KIND, bool DECAYED, int THROUGH, bool LAGS>
-void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t to, double* sums) {
+void measured(Stretch at, Pull z, Adam adam, Decay decay, int64_t from, int64_t to, double* sums) {
     float gradient = 0, inner = 0, moves = 0, lag = 0;
 #pragma omp simd reduction(+ : gradient, inner, moves, lag)
     for (int64_t j = from; j < to; j++) {
@@ -203,7 +216,7 @@ void measured(Stretch at, Pull z, Adam adam, float decay, int64_t from, int64_t 
 }
 
 // The same without Σs².
-template <int THROUGH, bool LAGS> void unmeasured(Stretch at, Pull z, Adam, float, int64_t from, int64_t to, double* sums) {
+template <int THROUGH, bool LAGS> void unmeasured(Stretch at, Pull z, Adam, Decay, int64_t from, int64_t to, double* sums) {
     float gradient = 0, inner = 0, lag = 0;
 #pragma omp simd reduction(+ : gradient, inner, lag)
     for (int64_t j = from; j < to; j++) {
@@ -246,10 +259,11 @@ template <int KIND, bool DECAYED, bool TANGENT> void advance(Stretch at, Adam ad
 #pragma omp simd
     for (int64_t j = from; j < to; j++) {
         float m1, v1, z1;
-        const float move = by.lr * step<KIND, DECAYED>(at, adam, by.decay, j, m1, v1), x1 = at.x[j] - move;
+        const float x = at.x[j], s = step<KIND, DECAYED>(at, adam, by.decay, j, m1, v1), move = by.lr * s, x1 = x - move;
         if constexpr (TANGENT) {
             const float z = by.keep * finite_or_zero(at.zx[j]);
-            z1 = z - by.lr * by.decay * z - move;
+            z1 = z - move;
+            if constexpr (DECAYED) z1 -= by.lr * by.decay.of(s, x) * z;
         }
         write_moments<KIND>(at, j, m1, v1);
         if constexpr (TANGENT) at.zx[j] = z1;
@@ -258,7 +272,7 @@ template <int KIND, bool DECAYED, bool TANGENT> void advance(Stretch at, Adam ad
 }
 
 // For a rule with an average, the step at lr = 1 into `steps`, and the moments.
-template <int KIND, bool DECAYED> void prepare(Stretch at, Adam adam, float decay, int64_t from, int64_t to, float* steps) {
+template <int KIND, bool DECAYED> void prepare(Stretch at, Adam adam, Decay decay, int64_t from, int64_t to, float* steps) {
 #pragma omp simd
     for (int64_t j = from; j < to; j++) {
         float m1, v1;
@@ -269,10 +283,10 @@ template <int KIND, bool DECAYED> void prepare(Stretch at, Adam adam, float deca
 
 // What follows from that. The small changes of x are added up before x, so that nothing changes at lr = 0 and beta1 = 1.
 template <bool FREE, int TANGENTS> void follow(Stretch at, Mix by, int64_t from, int64_t to, const float* steps) {
-    const float left = 1 - by.share, decayed = by.lr * by.decay;
+    const float left = 1 - by.share;
 #pragma omp simd
     for (int64_t j = from; j < to; j++) {
-        const float move = by.lr * steps[j - from], x = at.x[j];
+        const float s = steps[j - from], x = at.x[j], move = by.lr * s, decayed = by.lr * by.decay.of(s, x);
         float z1, za1;
         if constexpr (FREE) {
             const float gap = at.gap[j], moved = gap - move, gap1 = left * moved;
@@ -474,15 +488,16 @@ extern "C" int look(int64_t threads, int64_t measure, int64_t blocks, const int6
                      const float* const* values, double* partial, float* sums) {
     const Table table{block, count, tensors, values};
     const float through = values[THROUGH] ? *values[THROUGH] : 1;
+    const Decay decay(table);
     for_blocks(threads, blocks, block, [&](int64_t begin, int64_t end) {
         Scalars scalars(table);
         for (int64_t b = begin; b < end; b++) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
-            const float mix = at.gap ? table.number(MIX, at.tensor) : 0, decay = table.number(DECAY, at.tensor);
+            const float mix = at.gap ? table.number(MIX, at.tensor) : 0;
             const Pull z(at, mix, through);
             const bool lags = table.column(LAG, at.tensor);
-            const auto measured = measured_of(at, z, measure, decay != 0, lags);
+            const auto measured = measured_of(at, z, measure, decay.rate != 0, lags);
             const auto squares_of = at.gap ? squares<true> : squares<false>;
             double* found = partial + SUMS * b;
             std::fill(found, found + SUMS, 0.0);
@@ -519,11 +534,11 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
             const Adam& adam = scalars.of(at);
             const Mix by(table, at.tensor, lr, keep, behind);
             if (!at.gap && !at.average) {
-                const auto advance = advance_of(at, by.decay != 0);
+                const auto advance = advance_of(at, by.decay.rate != 0);
                 for (int64_t i = 0; i < at.n; i += SUM) advance(at, adam, by, i, std::min(i + SUM, at.n));
                 continue;
             }
-            const auto prepare = prepare_of(at, by.decay != 0);
+            const auto prepare = prepare_of(at, by.decay.rate != 0);
             const auto follow = follow_of(at);
             const Ahead ahead(at);
             const int64_t stride = far ? FETCH : PIECE;

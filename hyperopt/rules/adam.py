@@ -24,14 +24,15 @@ class Adam(Moments):
         eps: added to the root after bias correction, as in torch, at least 0, default 1e-8.
         weight_decay: weight decay coefficient, at least 0, default 0.
         decoupled: apply weight decay to the weights (AdamW) and not to the gradient, default False.
+        cautious: decoupled decay of those elements alone whose size the step does not increase, default False.
         amsgrad: divide by the largest second moment so far, taken before bias correction as in torch, default False.
         bias_correction: divide the moments by 1 − beta^t, default True; without it m̂ = m and v̂ = v.
 
     Raises:
-        ValueError: a value outside its domain, or a beta of 1 with bias correction.
+        ValueError: a value outside its domain, a beta of 1 with bias correction, or cautious without decoupled.
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980); Loshchilov and Hutter 2019 (arXiv 1711.05101); Reddi, Kale and Kumar 2018
-    (arXiv 1904.09237) for AMSGrad; torch.optim.Adam.
+    (arXiv 1904.09237) for AMSGrad; Chen et al. 2025 (arXiv 2510.12402) for cautious decay; torch.optim.Adam.
 
     >>> from hyperopt import SGD, Adam, Hyper
     >>> Hyper(Adam, lr=3e-3).stack(SGD)
@@ -44,6 +45,7 @@ class Adam(Moments):
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     decoupled: bool = False
+    cautious: bool = False
     amsgrad: bool = False
     bias_correction: bool = True
 

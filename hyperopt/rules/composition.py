@@ -34,7 +34,7 @@ def compose(
     namespace |= {name: getattr(plain, name) for name in taken if hasattr(plain, name)}
     name = f"{word}({getattr(base, '__name__', type(plain).__name__)})"
     return dataclasses.make_dataclass(
-        name, [*fields, *((field, float, value) for field, value in also.items())], bases=(kind,), frozen=True, namespace=namespace
+        name, [*fields, *((field, Any, value) for field, value in also.items())], bases=(kind,), frozen=True, namespace=namespace
     )
 
 
@@ -70,9 +70,6 @@ class Composed(Rule):
 
     def _inner_state(self, state: State) -> State:
         return {key: value for key, value in state.items() if key not in self.own}
-
-    def _subject(self) -> bool:
-        return self.inner._subject()
 
     def _decay(self, h: Values, t: Tensor) -> Tensor:
         return self.inner._decay(h, t)

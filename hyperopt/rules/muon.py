@@ -48,6 +48,7 @@ class Muon(Rule, metaclass=Splits):
         lr: learning rate, at least 0, default 1e-3; 0.5 above level 0, where it moves raw hyperparameters.
         momentum: decay rate of the momentum, in [0, 1], default 0.95; at 0 there is no m.
         weight_decay: decoupled weight decay, at least 0, default 0.1, as in torch; 0 above level 0.
+        cautious: decay of those elements alone whose size the step does not increase (Chen et al. 2025, arXiv 2510.12402), default False.
         nesterov: Nesterov momentum, default True.
         adjust_lr_fn: the scale of U·Vᵀ: "match_rms_adamw", default, as above; "original", √max(1, A/B), which torch takes if nothing is
             said; or "spectral_unclamped", √(A/B).
@@ -73,6 +74,7 @@ class Muon(Rule, metaclass=Splits):
     lr: float = hyper(1e-3, Positive(), above=0.5)
     momentum: float = hyper(0.95, UnitInterval())
     weight_decay: float = hyper(0.1, Positive(), above=0.0)
+    cautious: bool = False
     nesterov: bool = True
     adjust_lr_fn: str = "match_rms_adamw"
     norm_decays: tuple[float, float] | None = None

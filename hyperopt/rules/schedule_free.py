@@ -56,6 +56,7 @@ def ScheduleFree(base: Any) -> type[Rule]:
         lr: learning rate, at least 0, default that of `base`.
         beta1: position of y between z (0) and x (1), in [0, 1], default 0.9.
         weight_decay: decoupled weight decay, at least 0, default that of `base`.
+        cautious: decay of those elements alone whose size the step does not increase (Chen et al. 2025, arXiv 2510.12402), default False.
         forget: how much of its past the average forgets in a step at which it is wholly behind, in [0, 1], default 0.
         through: the share of the average in the hypergradient, in [0, 1], default 1.
 
@@ -77,7 +78,7 @@ def ScheduleFree(base: Any) -> type[Rule]:
     options = {f.name for f in dataclasses.fields(plain) if isinstance(f.default, bool)}
     off = {*plain.first_moment, "weight_decay"} & plain.declared().keys()
     without = {"beta1", *plain.first_moment, *options}
-    also = {"beta1": hyper(0.9, UnitInterval()), "forget": 0.0, "through": 1.0}
+    also = {"beta1": hyper(0.9, UnitInterval()), "forget": 0.0, "through": 1.0, "cautious": False}
     return compose(_ScheduleFree, ScheduleFree, base, also=also, without=without, off=sorted(off))
 
 
