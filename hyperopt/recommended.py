@@ -37,6 +37,7 @@ TOWER = Hyper(
     beta2=0.99,
     eps=1e-15,
     weight_decay=0.1,
+    decayed="Muon",
     cautious=True,
     smoothing=0.5,
     norm_decays=(0.9, 0.999),

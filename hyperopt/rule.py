@@ -202,7 +202,11 @@ class Rule(ABC):
         return d + self._decay(h, t) * (torch.where(d * x >= 0, x, torch.zeros_like(x)) if self.cautious else x)
 
     def _decays(self) -> bool:
-        return getattr(self, "weight_decay", 0) != 0
+        return getattr(self, "weight_decay", 0) != 0 and self._subject()
+
+    def _subject(self) -> bool:
+        """Whether weight decay applies to the tensors that this rule serves."""
+        return True
 
     def _couples(self) -> bool:
         """Whether weight decay is added to the gradient, so that the direction depends on x."""

@@ -210,6 +210,22 @@ def test_gradients_are_smoothed_before_they_are_orthogonalised():
         torch.testing.assert_close(d, plain.direction(mean, {}, None, None)[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("decayed", [None, "Muon", "Adam"])
+@pytest.mark.parametrize("outer", ["(Muon | Adam)", "ScheduleFree(Muon | Adam)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_decay_that_are_said_to(outer, decayed, dtype):
+    """Without gradients nothing else moves; in float32 by the C++ passes."""
+    model = tiny(dtype)
+    optimizer = Hyper.parse(f"{outer}(lr=0.1, weight_decay=0.5, decayed={decayed})").bind(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decays = decayed in (None, "Muon" if name in MATRICES else "Adam")
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1))
+
+
 def test_a_vector_is_one_column_and_a_tiny_gradient_makes_a_small_step():
     rule = Muon(momentum=0.0, adjust_lr_fn="original")
     g = torch.randn(9, dtype=torch.float64)
@@ -423,8 +439,8 @@ def test_a_value_each_tensor_moves_it_alone():
 TOWERS = [
     "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001) / Adam",
     "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, norm_decays=(0.9, 0.99), forget=0.2, through=0.8) / Adam",
-    "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, smoothing=0.5, cautious=True) / Adam",
-    "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, cautious=True) / Adam",
+    "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, smoothing=0.5, decayed=Muon, cautious=True) / Adam",
+    "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, cautious=True, decayed=Adam) / Adam",
     "(Muon | Adam)(lr=0.01, eps=0.001, learn=(lr, momentum)) / Adam",
 ]
 
@@ -542,7 +558,7 @@ def test_no_first_moment_inside_a_schedule_free_one():
         "(Muon | Adam)(lr=0.01, momentum=0.5, rows=256, learn=(lr, beta2)) / Adam",
         "ScheduleFree(Muon | Adam)(ns_steps=6, rows=128) / Adam",
         "ScheduleFree(Muon | Adam)(norm_decays=(0.9, 0.99), forget=0.05, through=0.99) / Adam",
-        "ScheduleFree(Muon | Adam)(weight_decay=0.1, smoothing=0.5, cautious=True) / Adam",
+        "ScheduleFree(Muon | Adam)(weight_decay=0.1, smoothing=0.5, decayed=Muon, cautious=True) / Adam",
         "Averaged(Muon | AdamW)(decay=0.5) / SGD",
         "ScheduleFree(Muon) / Adam",
         "Muon(nesterov=False, adjust_lr_fn=original, ns_coefficients=(2.0, -1.5, 0.5)) / (Muon | Lion)",
@@ -594,6 +610,7 @@ def test_text_that_is_no_pair_is_refused(text, message):
         (lambda: Muon(norm_decays=0.9), ValueError, "two floats between 0 and 1"),
         (lambda: Muon(smoothing=1.0), ValueError, "from 0 on and below 1"),
         (lambda: ScheduleFree(Muon)(smoothing="x"), ValueError, "from 0 on and below 1"),
+        (lambda: (Muon | Adam)(decayed="SGD"), ValueError, "None, for both, or one of Muon, Adam"),
         (lambda: Adam(weight_decay=0.1, cautious=True), ValueError, "cautious=True.* give decoupled=True too"),
         (lambda: Muon(ns_coefficients=(1.0, 2.0)), ValueError, "must be three floats"),
         (lambda: Hyper(Muon, learn="momentum", per="coordinate"), ValueError, "cannot learn momentum of Muon, which couples coordinates"),

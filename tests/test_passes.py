@@ -25,7 +25,7 @@ SHARED = [[3, 40_001], [1, 1024, 17]]  # enough for two threads
 FAR = [[3], [1_100_001]]  # enough for fetching ahead
 STEPS = 5
 RULES = ["plain", "averaged", "averaged untold", "free", "free, forgetting"]
-NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE]
+NUMBERS = [Column.T, Column.WEIGHT, Column.ZWEIGHT, Column.MIX, Column.LAG, Column.LAG_SIZE, Column.DECAY]
 KEEP = 0.9
 FORGET, THROUGH = 0.3, 0.6
 
@@ -114,6 +114,8 @@ class Weights:
         sizes = [size for chunk in self.chunks for size in chunk]
         self.tensors = {column: [unaligned(size) for size in sizes] for column in self.case.columns()}
         self.numbers = [{column: torch.zeros(()) for column in NUMBERS} for _ in self.chunks]
+        for i, numbers in enumerate(self.numbers):
+            numbers[Column.DECAY].fill_(self.case.decay / (1 + i))
         self.heads = torch.tensor([0, *itertools.accumulate(len(chunk) for chunk in self.chunks[:-1])])
         self.values = [torch.zeros(()) for _ in Value]
         blocks = [(i, at, min(BLOCK, size - at)) for i, size in enumerate(sizes) for at in range(0, size, BLOCK)]
@@ -129,10 +131,11 @@ class Weights:
             return self.tensors[column][i].data_ptr() if column in self.tensors else None
         free = Column.GAP in self.tensors and (self.case.learned or column != Column.ZWEIGHT)
         free = free and (self.case.forgets or column not in (Column.LAG, Column.LAG_SIZE))
-        return self.numbers[self.owner[i]][column].data_ptr() if free or column == Column.T else None
+        there = self.case.decay != 0 if column == Column.DECAY else free or column == Column.T
+        return self.numbers[self.owner[i]][column].data_ptr() if there else None
 
     def set(self, h: Hypers) -> None:
-        options = [*([FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]), self.case.decay, float(self.case.cautious)]
+        options = [*([FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]), float(self.case.cautious)]
         for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, h.beta, h.rest_decay, *options], strict=True):
             value.fill_(number)
 
@@ -193,7 +196,7 @@ class Reference:
     def __init__(self, made: Weights, i: int) -> None:
         self.case, numbers = made.case, made.numbers[made.owner[i]]
         self.has = {column: tensors[i].double() for column, tensors in made.tensors.items()}
-        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size = (numbers[column].double() for column in NUMBERS)
+        self.t, self.weight, self.zweight, self.mix, self.lag, self.lag_size, self.decay = (numbers[column].double() for column in NUMBERS)
         self.free = Column.GAP in self.has
         x = self.has[Column.X]
         zeros = torch.zeros_like(x)
@@ -218,7 +221,7 @@ class Reference:
         return m_hat / ((v / (1 - (1 - h.rest2) ** t)).sqrt() + h.eps), m, v
 
     def decayed(self, d: Tensor, x: Tensor) -> Tensor:
-        return d + self.case.decay * (x * ((d >= 0) == (x >= 0)) if self.case.cautious else x)
+        return d + self.decay * (x * ((d >= 0) == (x >= 0)) if self.case.cautious else x)
 
     def look(self, g: Tensor, d: Tensor | None, h: Hypers) -> list[Tensor]:
         s = self.decayed(self.direction(g, d, h)[0], self.x(self.place, self.average, self.mix))

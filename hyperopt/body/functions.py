@@ -35,6 +35,7 @@ class Column(IntEnum):
     MIX = 12  # ScheduleFree's beta1 of the step before
     LAG = 13  # mean of <g, gap>; null: its average does not forget
     LAG_SIZE = 14  # mean of |<g, gap>|
+    DECAY = 15  # decoupled weight decay; null: none
 
 
 class Value(IntEnum):
@@ -47,8 +48,7 @@ class Value(IntEnum):
     REST_DECAY = 4  # 1 − decay of Averaged
     FORGET = 5  # ScheduleFree's forget
     THROUGH = 6  # ScheduleFree's through; null: 1
-    DECAY = 7  # decoupled weight decay
-    CAUTIOUS = 8  # 1: of elements with d·x ≥ 0 alone
+    CAUTIOUS = 7  # 1: weight decay of elements with d·x ≥ 0 alone
 
 
 def block(elements: int) -> int:

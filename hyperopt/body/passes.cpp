@@ -31,8 +31,8 @@
 namespace {
 
 // Columns of `tensors` and indices of `values`; functions.py has the same names in the same order.
-enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE };
-enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH, DECAY, CAUTIOUS };
+enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE, DECAY };
+enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH, CAUTIOUS };
 
 constexpr int SUMS = 6;               // that `look` makes
 constexpr float MEMORY = 0.98f;       // of the mean that says whether an average lags behind, as in schedule_free.py
@@ -127,7 +127,7 @@ struct Scalars {
 struct Decay {
     float rate, above;
 
-    explicit Decay(const Table& table) : rate(table.value(DECAY)), above(table.value(CAUTIOUS) > 0 ? 0 : -INFINITY) {}
+    Decay(const Table& table, int64_t tensor) : rate(table.number(DECAY, tensor)), above(table.value(CAUTIOUS) > 0 ? 0 : -INFINITY) {}
     float of(float step, float x) const { return step * x >= above ? rate : 0; }
 };
 
@@ -141,7 +141,7 @@ struct Mix {
     float share = 0, zshare = 0;    // c in a' = a + c·(place' − a), and its tangent
 
     Mix(const Table& table, int64_t tensor, float step, float kept, float behind)
-        : lr(step), beta(table.value(BETA)), keep(kept), decay(table) {
+        : lr(step), beta(table.value(BETA)), keep(kept), decay(table, tensor) {
         if (table.column(GAP, tensor)) {
             float square = lr * lr;
             mix = table.number(MIX, tensor);
@@ -488,13 +488,13 @@ extern "C" int look(int64_t threads, int64_t measure, int64_t blocks, const int6
                      const float* const* values, double* partial, float* sums) {
     const Table table{block, count, tensors, values};
     const float through = values[THROUGH] ? *values[THROUGH] : 1;
-    const Decay decay(table);
     for_blocks(threads, blocks, block, [&](int64_t begin, int64_t end) {
         Scalars scalars(table);
         for (int64_t b = begin; b < end; b++) {
             const Stretch at(table, b);
             const Adam& adam = scalars.of(at);
             const float mix = at.gap ? table.number(MIX, at.tensor) : 0;
+            const Decay decay(table, at.tensor);
             const Pull z(at, mix, through);
             const bool lags = table.column(LAG, at.tensor);
             const auto measured = measured_of(at, z, measure, decay.rate != 0, lags);

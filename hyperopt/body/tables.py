@@ -49,6 +49,8 @@ def columns(body: Any, buffer: Buffer) -> dict[Column, Tensor]:
         z = buffer.tangents["lr"]
         found |= {Column.ZX: z["x"], Column.ZA: z.get("gap", z.get("average")), Column.ZWEIGHT: z.get("weight")}
     found[Column.T] = buffer.t
+    if buffer.rule._decays():
+        found[Column.DECAY] = body.hypers.own["weight_decay"].value
     return {column: kept for column, kept in found.items() if kept is not None}
 
 
@@ -61,9 +63,7 @@ def values(body: Any) -> list[Tensor | None]:
         first = adams[0].value("beta1") != 0
         found[Value.REST1] = own["beta1"].rest if first else None
         found[Value.REST2], found[Value.EPS] = own["beta2"].rest, own["eps"].value
-    if rule._decays():
-        found[Value.DECAY] = own["weight_decay"].value
-        found[Value.CAUTIOUS] = torch.full_like(body.hypers.like, rule.cautious)
+    found[Value.CAUTIOUS] = torch.full_like(body.hypers.like, rule.cautious)
     if isinstance(rule, _ScheduleFree):
         found[Value.BETA] = own["beta1"].value
         found[Value.FORGET] = torch.full_like(body.hypers.like, vars(rule)["forget"])

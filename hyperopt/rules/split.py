@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABCMeta
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Self
@@ -31,8 +31,8 @@ def Split(first: Any, second: Any) -> type[Rule]:
     dimensions go to `first`. A parameter group's entry `"rule": "Adam"` names one of the two for all of its tensors, a list one for each.
 
     The hyperparameters are those of both. What both have is one hyperparameter, with the default and domain of `second`: lr above all,
-    which must therefore mean the same to `first`, as it does to Muon. Weight decay is decoupled, and for both. Above level 0, where vectors
-    are stepped, `second` serves.
+    which must therefore mean the same to `first`, as it does to Muon. Weight decay is decoupled, and for both, unless the option `decayed`
+    names one of them: `(Muon | Adam)(weight_decay=0.1, decayed="Muon")`. Above level 0, where vectors are stepped, `second` serves.
     `ScheduleFree(Muon | Adam)` leaves out the first moments of both.
 
     Args:
@@ -42,6 +42,7 @@ def Split(first: Any, second: Any) -> type[Rule]:
     Raises:
         TypeError: not two different rules' classes, or one that averages, defines `update` or `after`, or names an option as the other
             names a hyperparameter.
+        ValueError: `decayed` is none of the two.
 
     >>> from hyperopt import Adam, Hyper, Muon, ScheduleFree
     >>> Hyper(ScheduleFree(Muon | Adam), eps=1e-4).stack(Adam)
@@ -58,6 +59,7 @@ def Split(first: Any, second: Any) -> type[Rule]:
                 raise TypeError(f"{' | '.join(names)}: {f.name!r} is a hyperparameter of one of them and an option of the other")
             found[f.name] = dataclasses.field(default=getattr(part, f.name), metadata=f.metadata)
     found.pop("decoupled", None)
+    found["decayed"] = dataclasses.field(default=None)
     namespace = {
         "bases": (first, second),
         "made_by": staticmethod(Split),
@@ -86,10 +88,14 @@ class _Split(Rule):
     made_by: ClassVar[Any]
     elementwise = False
     decoupled = True
+    if TYPE_CHECKING:
+        decayed: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.directions  # noqa: B018 - raises for values that one of them rejects
+        if self.decayed is not None and self.decayed not in self.parts:
+            raise ValueError(f"{type(self).__name__}(decayed={self.decayed!r}) must be None, for both, or one of {', '.join(self.parts)}")
 
     @cached_property
     def directions(self) -> tuple[Rule, ...]:
@@ -117,6 +123,10 @@ class _Split(Rule):
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         return self.by(g).direction(g, state, h, t)
+
+    def _subject(self) -> bool:
+        # Not settled yet: the answer is one for all tensors together.
+        return self.decayed is None or self.role.direction is None or self.parts[self.role.direction] == self.decayed
 
     def metric(self, state: State, h: Values, t: Tensor) -> Tensor | float:
         return self.by(next(iter(state.values()), None)).metric(state, h, t)
