@@ -8,8 +8,8 @@ the validation metric of their best trial. The error bars are the 5th and 95th p
 
 The towers hyperopt.auto and `Adam / Adam` are not tuned: they run as they are, with several seeds. Trials have the first of these seeds.
 
-Writes inclusion.json (after every study), .md (the rankings), .png (bars) and inclusion_trials.png (best of K against one run of a tower) to
-experiments/results. The studies are in --log, whose journal.log can be opened with optuna-dashboard, or in --storage.
+Writes inclusion.json (after every study), .md (the rankings), .png (bars) and inclusion_trials.png (best of K against one run of a tower)
+to experiments/results. The studies are in --log, whose journal.log can be opened with optuna-dashboard, or in --storage.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from experiments import cli, plots, provenance, store, tables, training, trials, tune
+from experiments import cli, plots, provenance, store, tables, training, tune
 from experiments.bootstrap import best_of, equal_trials
 from experiments.spaces import SPACES
+from experiments.storage import HEARTBEAT
 from experiments.store import Store
 from experiments.workloads import Workload
 
@@ -265,7 +266,7 @@ def complete(results: Store, cell: Cell, problem: Workload, wanted: int, options
 
 
 def main(
-    trials_: Annotated[int, typer.Option("--trials", min=1, help="number of feasible trials of each rule, best a power of two")] = 16,
+    trials_: tune.Trials = 16,
     rule: Annotated[list[str] | None, typer.Option(help="only this rule; may be repeated")] = None,
     seeds: cli.Seeds = 3,
     steps: cli.Steps = None,
@@ -273,7 +274,7 @@ def main(
     device: cli.Device = "cpu",
     storage: tune.Storage = None,
     ray: tune.Ray = None,
-    heartbeat: tune.Heartbeat = trials.HEARTBEAT,
+    heartbeat: tune.Heartbeat = HEARTBEAT,
     out: cli.Out = cli.RESULTS,
     log: Annotated[Path, typer.Option(callback=cli.folder, help="folder of the studies")] = Path("runs/inclusion"),
     figures: cli.Figures = False,

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import optuna
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import QMCSampler
 
 from hyperopt import Hyper
@@ -131,7 +131,7 @@ def points(axes: Axes, seed: int, count: int) -> list[dict[str, float]]:
         sampler = QMCSampler(qmc_type="sobol", scramble=True, seed=seed)
     # Optuna's own loop takes its first point from another sampler, and the others in the order in which workers ask.
     study = optuna.create_study(sampler=sampler)
-    space = {name: axis.distribution for name, axis in axes.items()}
+    space: dict[str, BaseDistribution] = {name: axis.distribution for name, axis in axes.items()}
     none = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
     return [sampler.sample_relative(study, none, space) for _ in range(count)]
 
@@ -170,7 +170,8 @@ SPACES = {
         "Unified",
         log(1e-5, 1e-1),
         {
-            **{"lr/damping": log(1e-2, 10), "damping": log(1e-3, 1)},
+            "lr/damping": log(1e-2, 10),
+            "damping": log(1e-3, 1),
             **DECAYS,
             "eta": log(1, 4),
             **{name: linear(0, 1) for name in ("nesterov", "amsgrad", "adopt", "correction")},
@@ -208,12 +209,3 @@ def derived(text: str) -> Space:
 def named(text: str) -> Space:
     """The space of this name, or of this rule; ValueError if there is none."""
     return SPACES[text] if text in SPACES else derived(text)
-
-
-def table(spaces: Iterable[str]) -> list[list[str]]:
-    """What is searched for each rule: the rows of a table."""
-    return [
-        [name, SPACES[name].text, *("; ".join(f"{key} {axis.low:g} … {axis.high:g}" for key, axis in axes.items()) for axes in both)]
-        for name in spaces
-        for both in [({"lr": SPACES[name].lr}, SPACES[name].all)]
-    ]

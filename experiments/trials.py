@@ -1,7 +1,7 @@
 """Trials of a search, run by any number of workers on any number of machines, over Optuna's storage.
 
     search = Search(storage="runs/tune/journal.log", name="…", axes=SPACES["Adam"].all, objective=…, trials=16)
-    complete(search, jobs=4)
+    work(search)                                    # in any number of processes, see workers.py
     tally(load(search), search).feasible
 
 Trial i is point i of a Sobol sequence, whoever runs it. Workers take the next point under a lock that is free again when its holder dies.
@@ -13,39 +13,25 @@ depend on the seed and on nothing else.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-import sqlalchemy
 import torch
-from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages._heartbeat import BaseHeartbeat, get_heartbeat_thread
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, Trial, TrialState
-from tqdm import tqdm
 
 from experiments.data import DataNotFoundError
 from experiments.spaces import Axes, points
+from experiments.storage import HEARTBEAT, alone, ignored, opened
 
-HEARTBEAT = 10  # seconds
-MISSED = 3  # so many heartbeats of a worker that is taken for dead
 ATTEMPTS = 2  # so many workers may die of a point
 MOST = 4  # so many times the trials that are wanted are run at most to find enough that are feasible
-KEY = 0x68797065  # of PostgreSQL's advisory lock: "hype"
 
 Objective = Callable[[dict[str, float]], Mapping[str, Any]]
 
@@ -70,7 +56,7 @@ class Search:
     objective: Objective
     trials: int
     seed: int = 0
-    heartbeat: int = HEARTBEAT
+    heartbeat: float = HEARTBEAT
 
     def point(self, i: int) -> dict[str, float]:
         """The i-th point."""
@@ -80,70 +66,6 @@ class Search:
 @lru_cache(maxsize=8)
 def _points(axes: tuple[Any, ...], seed: int, count: int) -> list[dict[str, float]]:
     return points(dict(axes), seed, count)
-
-
-# ---- the storage
-
-
-class Lock(BaseJournalFileLock):
-    """A lock of the operating system. Optuna's own is a file, which stays for 30 seconds if its holder is killed."""
-
-    def __init__(self, path: str) -> None:
-        self._lock = FileLock(path + ".flock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
-class Journal(JournalStorage, BaseHeartbeat):
-    """Optuna's journal with the heartbeat that Optuna keeps in databases only: the time of the last one, among a trial's attributes."""
-
-    def __init__(self, path: str, heartbeat: int) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.heartbeat = heartbeat
-        super().__init__(JournalFileBackend(path, Lock(path)))
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        with suppress(UpdateFinishedTrialError):  # others took it for dead
-            self.set_trial_system_attr(trial_id, "heartbeat", time.time())
-
-    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        since = time.time() - MISSED * self.heartbeat
-        running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-        return [trial._trial_id for trial in running if trial.system_attrs.get("heartbeat", 0.0) < since]
-
-    def get_heartbeat_interval(self) -> int:
-        return self.heartbeat
-
-    def get_heartbeat_stale_trial_callback(self) -> None:
-        return None
-
-
-@lru_cache(maxsize=4)
-def opened(storage: str, heartbeat: int = HEARTBEAT) -> Journal | RDBStorage:
-    """The storage, once for each process."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if "://" not in storage:
-        return Journal(storage, heartbeat)
-    return RDBStorage(storage, heartbeat_interval=heartbeat, grace_period=MISSED * heartbeat)
-
-
-@contextmanager
-def alone(storage: str) -> Iterator[None]:
-    """Hold the lock under which points are handed out."""
-    if "://" not in storage:
-        with FileLock(storage + ".hand"):
-            yield
-        return
-    database = opened(storage)
-    assert isinstance(database, RDBStorage)
-    with database.engine.begin() as connection:
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": KEY})
-        yield
 
 
 def load(search: Search) -> optuna.Study:
@@ -211,7 +133,7 @@ def counted(trials: Iterable[FrozenTrial], wanted: int) -> Tally:
 # ---- workers
 
 
-def work(search: Search, told: Callable[[optuna.Study], None] = lambda study: None) -> None:
+def work(search: Search, told: Callable[[optuna.Study], Any] = lambda study: None) -> None:
     """Run trials until there are enough; `told` is called after each."""
     torch.set_num_threads(1)
     study = load(search)
@@ -271,123 +193,3 @@ def outcome(objective: Objective, point: dict[str, float]) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a diverging run raises
         return {"value": None, "reason": repr(error)[:300]}
-
-
-@contextmanager
-def leaving_in_order() -> Iterator[None]:
-    """Leave on SIGTERM as on Ctrl-C, so that the trial under way is given back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# ---- all trials of a search
-
-
-def complete(search: Search, jobs: int = 1, ray: str | None = None) -> Tally:
-    """Run what is missing.
-
-    Args:
-        search: what is searched.
-        jobs: number of workers, of one thread each; one alone works in this process.
-        ray: the address of a Ray cluster whose processes are the workers, "auto" for the one of this machine; None: processes here.
-    """
-    study = load(search)
-    with tqdm(total=search.trials, unit="trial", disable=None) as bar:  # None: shown on a terminal alone
-
-        def show(study: optuna.Study) -> Tally:
-            now = tally(study, search)
-            bar.n = len(now.feasible)
-            best = f"{now.best.values[0]:.4g}" if now.best else "none yet"
-            bar.set_postfix(best=best, infeasible=len(now.infeasible))
-            return now
-
-        now = show(study)
-        if now.finished:
-            return now
-        if ray:
-            on_ray(search, jobs, ray, lambda: show(study))
-        elif jobs == 1:
-            with leaving_in_order():
-                work(search, show)
-        else:
-            in_processes(search, jobs, lambda: show(study))
-        return show(study)
-
-
-def in_processes(search: Search, jobs: int, watch: Callable[[], Tally]) -> None:
-    """Run trials in processes of this machine; one that is killed is replaced.
-
-    Raises:
-        RuntimeError: a worker ended with an error of its own.
-    """
-    context = multiprocessing.get_context("spawn")
-
-    def started() -> Any:
-        process = context.Process(target=_worker, args=(search,))
-        process.start()
-        return process
-
-    workers = [started() for _ in range(jobs)]
-    try:
-        while not watch().finished:
-            for i, worker in enumerate(workers):
-                if worker.exitcode is not None and worker.exitcode > 0:
-                    raise RuntimeError(f"a worker ended with status {worker.exitcode}; what it said is above")
-                if worker.exitcode is not None and worker.exitcode < 0:
-                    workers[i] = started()
-            time.sleep(0.2)
-    finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.join()
-
-
-def _worker(search: Search) -> None:
-    with suppress(KeyboardInterrupt), leaving_in_order():
-        work(search)
-
-
-def on_ray(search: Search, jobs: int, address: str, watch: Callable[[], Any]) -> None:
-    """Run trials in processes of a Ray cluster, which starts one that was killed anew.
-
-    Every host needs the storage, the data sets and the packages; the code of hyperopt and of the experiments is sent to it.
-    """
-    import ray
-
-    import experiments
-    import hyperopt
-
-    modules = [str(Path(str(package.__file__)).parent) for package in (hyperopt, experiments)]
-    passed = {name: os.environ[name] for name in ("HYPEROPT_DATA", "OMP_WAIT_POLICY") if name in os.environ}
-    ray.init(
-        address=address,
-        runtime_env={"py_modules": modules, "env_vars": {**passed, "OMP_NUM_THREADS": "1"}, "excludes": ["results", "__pycache__"]},
-        log_to_driver=False,
-    )
-    try:
-        left = [ray.remote(num_cpus=1, max_retries=-1)(work).remote(search) for _ in range(jobs)]
-        while left:
-            done, left = ray.wait(left, num_returns=len(left), timeout=0.5)
-            ray.get(done)  # raises what a worker raised
-            watch()
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def ignored(category: type[Warning]) -> Iterator[None]:
-    """Ignore warnings of a category."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category)
-        yield

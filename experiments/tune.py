@@ -5,7 +5,7 @@
 The points are those of a scrambled Sobol sequence in the rule's space (spaces.py). A trial trains on them from the same initial weights on
 the same batches, without the held-out part of the training data, on which it is measured and the best trial is chosen. Trials that diverge
 or fail are counted and replaced. Workers of this machine (--jobs), of others (the same command with --storage) and of a Ray cluster (--ray)
-share the trials through Optuna's storage (trials.py).
+share the trials through Optuna's storage (trials.py, storage.py, workers.py).
 
 Writes <study>.json, .csv, .md (the table) and .png to --out, whose journal.log holds the study unless --storage is given.
 """
@@ -13,9 +13,11 @@ Writes <study>.json, .csv, .md (the table) and .png to --out, whose journal.log 
 from __future__ import annotations
 
 import csv
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +27,12 @@ import torch
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
-from experiments import cli, data, plots, provenance, spaces, store, tables, training, trials
+from experiments import cli, data, plots, provenance, spaces, store, tables, training, trials, workers
 from experiments.bootstrap import best_of
+from experiments.storage import HEARTBEAT, MISSED, opened
 from experiments.store import Store
 from experiments.trials import Search, Tally
 from experiments.workloads import SMALL, WORKLOADS, Workload
@@ -66,7 +70,7 @@ def search(
     only: Sequence[str] = (),
     seed: int = 0,
     device: str = "cpu",
-    heartbeat: int = trials.HEARTBEAT,
+    heartbeat: int = HEARTBEAT,
 ) -> Search:
     """The search for the values of a rule on a workload; ValueError if there is no such rule or hyperparameter."""
     space = spaces.named(rule)
@@ -193,21 +197,48 @@ def draw_curve(axes: Axes, metrics: Sequence[float], **line_style: Any) -> None:
 
 
 def checked_storage(url: str | None) -> str | None:
-    """The same; typer.BadParameter unless it is the URL of a PostgreSQL database that answers."""
+    """The same with a driver; typer.BadParameter unless it is the URL of a PostgreSQL database that answers."""
     if url is None:
         return None
     remedy = "give postgresql://user:password@host/database, or leave it out for a journal in --out"
+    shown = url
     try:
         parsed = sqlalchemy.make_url(url)
+        shown = str(parsed)  # without the password
         if parsed.get_backend_name() != "postgresql":
-            raise typer.BadParameter(f"{url!r} is no PostgreSQL database: {remedy}", param_hint="--storage")
+            raise typer.BadParameter(f"{shown!r} is no PostgreSQL database: {remedy}", param_hint="--storage")
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg2")  # which the extra tune installs
         sqlalchemy.create_engine(parsed).connect().close()
     except ImportError as error:
-        raise typer.BadParameter(f"{url!r} needs a driver: pip install psycopg2-binary ({error})", param_hint="--storage") from error
-    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise typer.BadParameter(f"{shown!r} needs a driver: pip install psycopg2-binary ({error})", param_hint="--storage") from error
+    except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-        raise typer.BadParameter(f"{url!r} cannot be used: {reason}: {remedy}", param_hint="--storage") from error
-    return url
+        raise typer.BadParameter(f"{shown!r} cannot be used: {reason}: {remedy}", param_hint="--storage") from error
+    return parsed.render_as_string(hide_password=False)
+
+
+def checked_ray(address: str | None) -> str | None:
+    """The same; typer.BadParameter unless Ray is installed and something answers at the address. Ray itself would try for ever."""
+    if address is None:
+        return None
+    if find_spec("ray") is None:
+        raise typer.BadParameter(f"{address!r} needs Ray: pip install ray", param_hint="--ray")
+    if address not in ("auto", "local"):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            remedy = "give auto, local (a cluster of this machine alone), or host:port of the head of a cluster"
+            raise typer.BadParameter(f"{address!r} does not answer: {error}: {remedy}", param_hint="--ray") from error
+    return address
+
+
+def checked_trials(count: int) -> int:
+    """The same; typer.BadParameter unless it is at least 1."""
+    if count < 1:
+        raise typer.BadParameter(f"{count} trials are too few: give at least 1", param_hint="--trials")
+    return count
 
 
 def chosen_workload(name: str, steps: int | None = None) -> Workload:
@@ -226,15 +257,16 @@ def readable(workload: Workload, device: str = "cpu") -> None:
         raise typer.BadParameter(str(error), param_hint="data") from error
 
 
+Trials = Annotated[int, typer.Option("--trials", callback=checked_trials, help="number of feasible trials of a rule, best a power of two")]
 Storage = Annotated[str | None, typer.Option(callback=checked_storage, help="URL of a PostgreSQL database; default: a journal in --out")]
-Ray = Annotated[str | None, typer.Option(help="address of a Ray cluster, auto for the one that this machine belongs to")]
-Heartbeat = Annotated[int, typer.Option(min=1, help=f"seconds between signs of life; a worker is dead after {trials.MISSED} without one")]
+Ray = Annotated[str | None, typer.Option(callback=checked_ray, help="address of a Ray cluster, auto for the one of this machine")]
+Heartbeat = Annotated[int, typer.Option(min=1, help=f"seconds between signs of life; a worker is dead after {MISSED} without one")]
 
 
 def main(
     workload: Annotated[str, typer.Option(help=f"one of {', '.join(PROBLEMS)}")] = "digits",
     rule: Annotated[str, typer.Option(help=f"one of {', '.join(spaces.SPACES)}, or the text of any other rule")] = "Adam",
-    trials_: Annotated[int, typer.Option("--trials", min=1, help="number of feasible trials, best a power of two")] = 16,
+    trials_: Trials = 16,
     only: Annotated[list[str] | None, typer.Option(help="only this hyperparameter; may be repeated")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the points")] = 0,
     steps: cli.Steps = None,
@@ -242,7 +274,7 @@ def main(
     device: cli.Device = "cpu",
     storage: Storage = None,
     ray: Ray = None,
-    heartbeat: Heartbeat = trials.HEARTBEAT,
+    heartbeat: Heartbeat = HEARTBEAT,
     resume: Annotated[bool, typer.Option(help="go on with the trials that are there; otherwise they are deleted")] = True,
     out: Annotated[Path, typer.Option(callback=cli.folder, help="folder of the study and its summary")] = Path("runs/tune"),
     figures: cli.Figures = False,
@@ -281,13 +313,18 @@ def main(
 
 def tuned(found: Search, common: Mapping[str, Any], *, resume: bool = True, jobs: int = 1, ray: str | None = None) -> Tally:
     """Run what is missing of a search; typer.BadParameter if its study is of another protocol."""
-    if not resume and found.name in optuna.get_all_study_names(trials.opened(found.storage, found.heartbeat)):
-        optuna.delete_study(study_name=found.name, storage=trials.opened(found.storage, found.heartbeat))
+    if not resume and found.name in optuna.get_all_study_names(opened(found.storage, found.heartbeat)):
+        optuna.delete_study(study_name=found.name, storage=opened(found.storage, found.heartbeat))
     try:
         agree(trials.load(found), common)
     except ValueError as error:
         raise typer.BadParameter(f"{error}: choose another --out or --storage, or --no-resume", param_hint="--out") from error
-    return trials.complete(found, jobs, ray)
+    try:
+        return workers.complete(found, jobs, ray)
+    except ConnectionError as error:  # of "auto"
+        raise typer.BadParameter(
+            f"{ray!r}: no Ray cluster is running here: begin one with `ray start --head`", param_hint="--ray"
+        ) from error
 
 
 app = cli.command(main)
