@@ -20,8 +20,9 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from typer.testing import CliRunner
 
-from experiments import storage, trials, workers
+from experiments import storage, trials, tune, workers
 from experiments.spaces import Axis
 from experiments.trials import Search
 
@@ -343,6 +344,19 @@ def test_a_point_that_kills_its_workers_is_failed_on_postgresql(search, postgres
     assert together(deadly, 1) == [-signal.SIGKILL]
     assert together(deadly, 1) == [0]
     assert [i for i, each in outcomes(search).items() if not each[2]] == [1]
+
+
+@pytest.mark.slow
+def test_the_command_on_postgresql(postgresql, tmp_path):
+    url = postgresql.replace("+psycopg2", "")  # SQLAlchemy's own choice of a driver is another one
+    arguments = ["--rule", "SGD", "--trials", "3", "--steps", "3", "--storage", url, "--out", str(tmp_path)]
+    for _ in range(2):
+        outcome = CliRunner().invoke(tune.app, arguments)
+        assert outcome.exit_code == 0, outcome.output
+        assert "3 feasible trials of 3" in outcome.output
+    study = optuna.load_study(study_name="digits | SGD | all | 0", storage=postgresql)
+    assert len(study.trials) == 3
+    assert not (tmp_path / "journal.log").exists()
 
 
 # ---- Ray
