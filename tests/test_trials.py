@@ -71,8 +71,12 @@ def worker(search):
 def together(search, count):
     processes = [worker(search) for _ in range(count)]
     for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that never ends has None
         process.join()
-    return [process.exitcode for process in processes]
+    return codes
 
 
 def all_trials(search):
@@ -200,8 +204,10 @@ def test_a_worker_that_was_taken_for_dead_does_not_count(search):
         others = trials.load(search)
         trial = next(t for t in others.get_trials() if t.state == TrialState.RUNNING)
         others.tell(trial.number, state=TrialState.FAIL)  # as another worker does that saw no heartbeat
-        return {"value": -1.0}
+        time.sleep(0.2)  # in which it goes on to give signs of life
+        return {"value": -1.0, "pid": os.getpid()}
 
+    search = but(search, heartbeat=0.05)
     study = trials.load(search)
     trial, _ = trials.hand_out(study, search)
     trials.run(study, but(search, objective=slow), trial)

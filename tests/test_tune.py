@@ -47,6 +47,7 @@ def test_lr_without_eps_is_searched_itself():
     space = SPACES["Adam"]
     assert dict(space.axes(["lr"])) == {"lr": space.lr}
     assert dict(space.axes(["lr", "beta1"])) == {"lr": space.lr, "1 - beta1": space.all["1 - beta1"]}
+    assert set(space.axes(["beta1"])) == {"1 - beta1"}
     assert set(space.axes(["lr", "eps"])) == {"lr/eps", "eps"}
     assert space.axes() == space.all
     with pytest.raises(ValueError, match="'momentum' is not searched for Adam: give some of lr, eps, beta1, beta2"):
