@@ -205,7 +205,7 @@ def draw(results: Store, path: Path) -> None:
 
 def draw_bars(results: Store, path: Path) -> None:
     """The rankings: bars of both modes side by side, in the order of the rules."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     for axes, workload in zip(figure.subplots(1, len(WORKLOADS), squeeze=False)[0], WORKLOADS, strict=True):
         problem = tune.PROBLEMS[workload]
         for shift, (mode, label) in zip((-0.2, 0.2), MODE_TITLES.items(), strict=True):
@@ -220,19 +220,19 @@ def draw_bars(results: Store, path: Path) -> None:
             axes.axhline(statistics.fmean(values), color="black", linestyle="-:"[i], linewidth=1.2, label=f"{tower}, one run, untuned")
         axes.set_xticks(range(len(SPACES)), list(SPACES), rotation=30, ha="right")
         axes.set(title=problem.title, ylabel=f"validation {problem.metric}, best trial")
-        plots.finish(axes, fontsize=8)
+        plots.finish(axes, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.supxlabel(provenance.caption(results.result, 200), fontsize=7)
     figure.savefig(path, dpi=110)
 
 
 def draw_trials(results: Store, path: Path) -> None:
     """The best of K trials with everything tuned, and one run of each tower."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axes, workload in zip(figure.subplots(1, len(WORKLOADS), squeeze=False)[0], WORKLOADS, strict=True):
         problem, lowest = tune.PROBLEMS[workload], []
         for i, rule in enumerate(SPACES):
             if values := metrics(results, Cell(workload, rule, "all")):
-                tune.draw_curve(axes, values[:LARGEST], color=f"C{i}", label=rule)
+                tune.draw_curve(axes, values[:LARGEST], shade=0.07, color=f"C{i}", label=rule)
                 lowest.append(min(values))
         for i, (tower, values) in enumerate(towers(results, workload).items()):
             axes.axhline(statistics.fmean(values), color="black", linestyle="-:"[i], linewidth=2, label=f"{tower}, one run")
@@ -245,7 +245,7 @@ def draw_trials(results: Store, path: Path) -> None:
         if lowest:
             axes.set_ylim(0.95 * min(lowest), min(problem.guess, 6 * min(lowest)))
         plots.decimal_ticks(axes.yaxis)
-        plots.finish(axes, fontsize=8, ncols=2)
+        plots.finish(axes, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.suptitle("The best of K trials of a rule, everything tuned (mean, 5th to 95th percentile), and one run of a tower, untuned")
     figure.supxlabel(provenance.caption(results.result, 200), fontsize=7)
     figure.savefig(path, dpi=110)

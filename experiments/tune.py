@@ -185,12 +185,12 @@ def draw(results: Store, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_curve(axes: Axes, metrics: Sequence[float], **line_style: Any) -> None:
+def draw_curve(axes: Axes, metrics: Sequence[float], shade: float = 0.2, **line_style: Any) -> None:
     """Draw the mean of the best of K with a band from the 5th to the 95th percentile."""
     curve = best_of(metrics)
     ks = range(1, len(metrics) + 1)
     (line,) = axes.plot(ks, curve.mean, **line_style)
-    axes.fill_between(ks, curve.low, curve.high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.fill_between(ks, curve.low, curve.high, color=line.get_color(), alpha=shade, linewidth=0)
 
 
 # ---- command line
