@@ -50,12 +50,15 @@ def bound(tower: Hyper, model: nn.Module) -> list[HyperOptimizer]:
     return [tower.bind(model)]
 
 
-def train(workload: Workload, space: spaces.Space, device: str, point: Mapping[str, float]) -> dict[str, Any]:
-    """One trial: `value`, the metric on validation data, None if it is not finite; `test`; the hyperparameters; steps and seconds."""
+def train(workload: Workload, space: spaces.Space, device: str, point: Mapping[str, float], commit: str = "unknown") -> dict[str, Any]:
+    """One trial: `value`, the metric on validation data, None if it is not finite; `test`; the hyperparameters; steps and seconds.
+
+    `commit` is that of the code, which a worker of Ray cannot find out.
+    """
     tower = space.tower(point)
     found = training.train(workload, partial(bound, tower), 0, validation=True, tested=True, device=device)
     kept = {name: found[name] for name in ("test", "steps", "seconds")}
-    return {"value": found["metric"], **kept, "rule": str(tower), **provenance.origin()}
+    return {"value": found["metric"], **kept, "rule": str(tower), **provenance.origin(), "commit": commit}
 
 
 # ---- a study
@@ -76,7 +79,8 @@ def search(
     space = spaces.named(rule)
     axes = space.axes(only)
     name = " | ".join([workload.name, rule, " ".join(only) or "all", str(seed)])
-    return Search(storage, name, axes, partial(train, workload, space, device), trials_, seed, heartbeat)
+    objective = partial(train, workload, space, device, commit=provenance.origin()["commit"])
+    return Search(storage, name, axes, objective, trials_, seed, heartbeat)
 
 
 def protocol(workload: Workload, rule: str, found: Search) -> dict[str, Any]:

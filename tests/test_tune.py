@@ -225,10 +225,10 @@ def test_another_protocol_needs_another_folder(few, tmp_path):
 def test_trials_that_fail_are_listed_and_replaced(few, tmp_path, monkeypatch):
     honest = tune.train
 
-    def failing(workload, space, device, point):
+    def failing(workload, space, device, point, commit):
         if point["lr"] > 1:
             raise FloatingPointError("planted")
-        return honest(workload, space, device, point)
+        return honest(workload, space, device, point, commit)
 
     monkeypatch.setattr(tune, "train", failing)
     outcome = invoke(tmp_path, "--rule", "SGD", "--trials", 4)
