@@ -272,7 +272,7 @@ def main(
     rule: Annotated[str, typer.Option(help=f"one of {', '.join(spaces.SPACES)}, or the text of any other rule")] = "Adam",
     trials_: Trials = 16,
     only: Annotated[list[str] | None, typer.Option(help="only this hyperparameter; may be repeated")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the points")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the points")] = 0,
     steps: cli.Steps = None,
     jobs: cli.Jobs = 1,
     device: cli.Device = "cpu",
