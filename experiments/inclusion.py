@@ -4,7 +4,8 @@
 
 After Choi et al. (2019, arXiv 1910.05446): nine rules on a small CNN and a small char-RNN, with (a) lr alone tuned and the other values at
 their defaults, and (b) everything tuned, each with the same number of trials (tune.py), in the spaces of spaces.py. The rules are ranked by
-the validation metric of their best trial. The error bars are the 5th and 95th percentile of the best of resampled trials.
+the validation metric of their best trial. The error bars are the 5th and 95th percentile of the best of resampled trials, of which none
+counts as worse than blind guessing.
 
 The towers hyperopt.auto and `Adam / Adam` are not tuned: they run as they are, with several seeds. Trials have the first of these seeds.
 
@@ -85,8 +86,12 @@ class Score(NamedTuple):
 
 
 def metrics(results: Store, cell: Cell) -> list[float]:
-    """The validation metrics of the feasible trials of a cell, in the order of their points."""
-    return [run["metric"] for run in tune.feasible(results.runs.get(cell.key, {}).get("trials", {}))]
+    """The validation metrics of the feasible trials of a cell, in the order of their points; none is worse than blind guessing.
+
+    Without that bound, one perplexity of 1e20 would make the mean of every resample that has it meaningless.
+    """
+    guess = tune.PROBLEMS[cell.workload].guess
+    return [min(run["metric"], guess) for run in tune.feasible(results.runs.get(cell.key, {}).get("trials", {}))]
 
 
 def score(results: Store, cell: Cell) -> Score | None:
@@ -94,7 +99,7 @@ def score(results: Store, cell: Cell) -> Score | None:
     found = tune.feasible(results.runs.get(cell.key, {}).get("trials", {}))
     if not found:
         return None
-    curve = best_of([run["metric"] for run in found])
+    curve = best_of(metrics(results, cell))
     best = min(found, key=lambda run: run["metric"])
     return Score(best["metric"], curve.low[-1], curve.high[-1], best["test"])
 
@@ -243,7 +248,7 @@ def draw_trials(results: Store, path: Path) -> None:
         axes.set_xticks(ticks, labels=list(map(str, ticks)))
         axes.minorticks_off()
         if lowest:
-            axes.set_ylim(0.95 * min(lowest), min(problem.guess, 6 * min(lowest)))
+            axes.set_ylim(0.95 * min(lowest), min(problem.guess, 5 * min(lowest)))
         plots.decimal_ticks(axes.yaxis)
         plots.finish(axes, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.suptitle("The best of K trials of a rule, everything tuned (mean, 5th to 95th percentile), and one run of a tower, untuned")

@@ -331,6 +331,9 @@ def test_a_tower_is_compared_with_the_mean_of_its_seeds(tmp_path):
     for seed, metric in enumerate((1.0, 3.2)):
         results.runs[f"cnn_small | hyperopt.auto | {seed}"] = {"metric": metric}
     assert inclusion.worth(results, "cnn_small", "hyperopt.auto") == {"Adam": (equal_trials(best_of(values), 2.1), 4)}
+    results.runs["rnn_small | Adam | lr"] = {"trials": {"0": {"metric": 1e20, "test": 1e20}, "1": {"metric": 5.0, "test": 6.0}}}
+    assert inclusion.metrics(results, inclusion.Cell("rnn_small", "Adam", "lr")) == [82, 5.0]  # no worse than guessing
+    assert inclusion.score(results, inclusion.Cell("rnn_small", "Adam", "lr")) == inclusion.Score(5.0, 5.0, 82.0, 6.0)
     sentence = inclusion.tower_sentence(results, "cnn_small", "hyperopt.auto", [1.0, 3.2])
     assert "One run of `hyperopt.auto`, untuned (2.10, mean of 2 seeds, 1.00 to 3.20)" in sentence
     assert "2 of Adam" in sentence
