@@ -62,6 +62,7 @@ def train(
     evaluations: int = 1,
     points: int = 50,
     validation: bool = False,
+    tested: bool = False,
     device: str = "cpu",
     log: Path | None = None,
     observe: Callable[[nn.Module, SummaryWriter, int], None] | None = None,
@@ -77,6 +78,7 @@ def train(
         evaluations: number of evaluations, evenly spaced, the last one after the last step.
         points: maximal number of points of each learned schedule in the result.
         validation: measure on held-out training data in place of the test data.
+        tested: measure the trained model on the test data too, as `test` in the result.
         device: where the model is trained.
         log: folder for TensorBoard; None writes nothing.
         observe: called with the model, the TensorBoard writer and the step after each evaluation, if `log` is given.
@@ -126,6 +128,7 @@ def train(
         last = losses[-1].item()
         seconds += time.perf_counter() - begin
         metric = evaluate(workload, model, optimizers, seed, validation, device)
+        test = evaluate(workload, model, optimizers, seed, False, device) if tested else math.nan
         curve.append((len(losses), metric))
         steps, columns = _recorded(recorder) if recorder else (np.arange(1, len(rates) + 1), {"0.lr": np.array(rates)})
         if writer:
@@ -140,6 +143,7 @@ def train(
         "seconds": round(seconds, 2),
         "curve": {"step": [step for step, _ in curve], "metric": [_finite(value) for _, value in curve]},
         "courses": thin(steps, columns, points),
+        **({"test": _finite(test)} if tested else {}),
     }
     if recorder:
         values = {name.removeprefix("0."): column for name, column in recorder.values.items() if name.startswith("0.")}

@@ -134,6 +134,12 @@ def _read_once(
     return function(*arguments, device, validation=validation)
 
 
+def _first(images: int, name: str, device: str, *, validation: bool) -> data.Data:
+    """Measured on the first `images` images only."""
+    whole = data.load(name, device, validation=validation)
+    return whole._replace(test_x=whole.test_x[:images], test_y=whole.test_y[:images])
+
+
 def _cifar10(images: int, device: str, *, validation: bool) -> data.Data:
     """The first `images` training images, and a fifth as many test images."""
     train_x, train_y, test_x, test_y = data.cifar10(device, images=images, validation=validation)
@@ -226,6 +232,45 @@ WORKLOADS = {
             read=partial(data.text, "tinyshakespeare"),
             length=128,
             blocks=(None, 128),
+        ),
+    )
+}
+
+# Small ones, of which a search affords many runs.
+SMALL = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "digits",
+            "8×8 digits, MLP 64-32-10, batch 64, 10 epochs",
+            "error %",
+            guess=90,
+            steps=10 * 18,
+            batch=64,
+            make=partial(models.mlp, 64, 32),
+            read=partial(data.load, "digits"),
+        ),
+        Workload(
+            "cnn_small",
+            "Fashion-MNIST, simple CNN with a quarter of the filters, batch 64, 120 steps",
+            "error %",
+            guess=90,
+            steps=120,
+            batch=64,
+            make=partial(models.cnn, (8, 16), 128),
+            read=partial(_first, 4000, "fashion"),
+        ),
+        Workload(
+            "rnn_small",
+            "War and Peace, char-RNN 2×64, batch 16×64, 120 steps",
+            "perplexity",
+            guess=82,
+            steps=120,
+            batch=16,
+            make=partial(models.CharRNN, 82, 64),
+            read=partial(data.text, "war_and_peace"),
+            length=64,
+            blocks=(64, 500),
         ),
     )
 }

@@ -409,9 +409,11 @@ SCRIPTS = [
     "gpt",
     "heights",
     "held_out",
+    "inclusion",
     "mnist",
     "mnist_table",
     "robustness",
+    "tune",
     "useful",
     "zoo",
 ]
