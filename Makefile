@@ -53,8 +53,10 @@ docs: $(VENV)/.docs  ## render the documentation into docs/_build
 test: $(VENV)/.dev  ## install everything, then run the tests
 	$(BIN)/python -m pytest
 
-# PostgreSQL is Debian's, and is installed only as root; tests that lack it, or Ray, are skipped and say so.
+# The integrations, W&B and Ray are no part of dev: they take longer to install than to test. PostgreSQL is Debian's, and is installed only as
+# root. Tests that lack one of them are skipped and say so.
 test-all: $(VENV)/.dev  ## the tests, with those that take minutes
+	$(BIN)/python -m pip install --quiet --editable '.[integrations]' wandb || echo "no integrations: their tests are skipped"
 	$(BIN)/python -m pip install --quiet ray || echo "no Ray: its test is skipped"
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || apt-get install -y -qq postgresql || echo "no PostgreSQL: its tests are skipped"
 	$(BIN)/python -m pytest -m ""
