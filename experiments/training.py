@@ -200,7 +200,7 @@ def plain(tower: Hyper, params: Any) -> Optimizer:
     rule = tower.rule
     make = getattr(torch.optim, type(rule).__name__, None)
     values = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    if make is None or not values.pop("bias_correction", True):
+    if make is None or not values.pop("bias_correction", True) or values.pop("cautious", False):
         return tower.held().bind(params)
     if "beta1" in values:
         values["betas"] = values.pop("beta1"), values.pop("beta2")
