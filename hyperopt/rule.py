@@ -79,8 +79,7 @@ class Rule(ABC):
     (nesterov, decoupled …). A hyperparameter whose value is 0 on the boundary of its domain may be left out of `init` and `direction`
     altogether: if another value is assigned later, the state is extended.
 
-    A rule with an option `cautious` lets only those elements decay whose size the direction does not increase, d·x ≥ 0 (Chen et al. 2025,
-    arXiv 2510.12402): decay then never works against the loss, whatever the scale of the weights.
+    With the option `cautious`, only elements decay whose size the direction does not increase, d·x ≥ 0 (Chen et al., arXiv 2510.12402).
 
     Raises:
         ValueError: a value outside the closure of its domain; `cautious` without decoupled decay.
@@ -197,9 +196,8 @@ class Rule(ABC):
 
     def _step(self, x: Tensor, d: Tensor, h: Values, t: Tensor) -> Tensor:
         """The direction with decoupled weight decay."""
-        if not self._decays() or self._couples():
-            return d
-        return d + self._decay(h, t) * (torch.where(d * x >= 0, x, torch.zeros_like(x)) if self.cautious else x)
+        decays = self._decays() and not self._couples()
+        return d + self._decay(h, t) * (x.where(d * x >= 0, 0.0) if self.cautious else x) if decays else d
 
     def _decays(self) -> bool:
         return getattr(self, "weight_decay", 0) != 0 and self._subject()
@@ -247,9 +245,6 @@ def square(g: Tensor) -> Tensor:
 
 
 def power(a: Tensor, p: Tensor) -> Tensor:
-    """a^p for a ≥ 0 and a learned p: finite, with finite derivatives at a = 0, where those of a^p are infinite or NaN.
-
-    As in `root`, a is taken for the smallest normal number where it is less.
-    """
+    """a^p for a ≥ 0 and a learned p, with finite derivatives: as in `root`, a is taken for the smallest normal number where it is less."""
     info = torch.finfo(a.dtype)
     return a.clamp_min(info.tiny).pow(p).clamp_max(info.max)

@@ -170,5 +170,5 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], st
         if step < steps - 1:
             once = baddbmm(gram, q, gram, beta=a)
             gram = baddbmm(once, once, q, beta=a)
-    x = product @ x
+    x = x if product is None else product @ x
     return x.mT if tall else x
