@@ -226,8 +226,6 @@ def checked_ray(address: str | None) -> str | None:
     """The same; typer.BadParameter unless Ray is installed and something answers at the address. Ray itself would try for ever."""
     if address is None:
         return None
-    if find_spec("ray") is None:
-        raise typer.BadParameter(f"{address!r} needs Ray: pip install ray", param_hint="--ray")
     if address not in ("auto", "local"):
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
@@ -235,6 +233,8 @@ def checked_ray(address: str | None) -> str | None:
         except (OSError, ValueError) as error:
             remedy = "give auto, local (a cluster of this machine alone), or host:port of the head of a cluster"
             raise typer.BadParameter(f"{address!r} does not answer: {error}: {remedy}", param_hint="--ray") from error
+    if find_spec("ray") is None:
+        raise typer.BadParameter(f"{address!r} needs Ray: pip install ray", param_hint="--ray")
     return address
 
 

@@ -268,6 +268,14 @@ def test_bad_arguments_are_one_clean_line(arguments, names, says, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_a_cluster_without_ray_installed_is_one_clean_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "find_spec", lambda name: None)
+    outcome = invoke(tmp_path / "never", "--ray", "auto")
+    assert outcome.exit_code == 2
+    assert "Invalid value for --ray: 'auto' needs Ray: pip install ray" in outcome.output
+    assert not (tmp_path / "never").exists()
+
+
 # ---- inclusion
 
 
