@@ -91,7 +91,7 @@ def on_ray(search: Search, jobs: int, address: str, watch: Callable[[], Any]) ->
 
     Every host needs the storage, the data sets and the packages; the code of hyperopt and of the experiments is sent to it.
     """
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     import experiments
     import hyperopt

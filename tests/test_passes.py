@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hyperopt import Muon
 from hyperopt.body import functions
 from hyperopt.body.functions import Column, Value, built, installed
+from hyperopt.rules.muon import newton_schulz
 
 BLOCK = 3000  # more than one piece in a block, more than one block in a tensor
 CHUNKS = [[3, 7001], [1, 1024, 17]]  # sizes; the second chunk has taken seven steps already
@@ -432,6 +435,72 @@ def assert_equal(one: Weights, two: Weights) -> None:
         assert torch.equal(a.view(torch.int32), b.view(torch.int32)), what
 
 
+# ---- orthogonal factors
+
+
+SHAPES = [(1, 1, 1), (1, 5, 1), (1, 1, 5), (2, 64, 784), (3, 33, 50), (1, 200, 70), (5, 16, 16), (1, 128, 128), (2, 6, 64), (2, 7, 65)]
+ABC = Muon.ns_coefficients
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The sizes of the matrices that C++ orthogonalises, in a test that is skipped where it was not built with the package."""
+    made = built()
+    monkeypatch.setattr(functions, "installed", lambda: made)
+    seen, real = [], made.orthogonal
+
+    def orthogonal(threads: int, *rest: Any) -> None:
+        seen.append(rest[:3])
+        real(threads, *rest)
+
+    monkeypatch.setattr(made, "orthogonal", orthogonal)
+    return seen
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_orthogonal_factors_are_those_of_float64(shape: tuple[int, ...], steps: int, calls: list[tuple[int, ...]]) -> None:
+    matrices = torch.randn(shape)
+    torch.testing.assert_close(newton_schulz(matrices, ABC, steps), newton_schulz(matrices.double(), ABC, steps).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(newton_schulz(matrices.mT, ABC, steps), newton_schulz(matrices, ABC, steps).mT, rtol=0, atol=1e-4)
+    assert calls[0] == shape
+
+
+def test_orthogonal_factors_do_not_depend_on_the_number_of_threads(calls: list[tuple[int, ...]]) -> None:
+    matrices, found = torch.randn(5, 40, 100), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        found.append(newton_schulz(matrices, ABC, 5))
+    torch.set_num_threads(1)
+    assert all(torch.equal(found[0], other) for other in found)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e-6, 1e18, math.inf, math.nan])
+def test_orthogonal_factors_of_hostile_sizes_are_those_of_torch(scale: float, calls: list[tuple[int, ...]]) -> None:
+    matrices = torch.randn(2, 8, 12)
+    matrices[1] *= scale
+    found = newton_schulz(matrices, ABC, 5)
+    with forward_ad.dual_level():
+        expected = newton_schulz(forward_ad.make_dual(matrices, torch.zeros_like(matrices)), ABC, 5)
+        torch.testing.assert_close(found, forward_ad.unpack_dual(expected).primal, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert len(calls) == 1
+
+
+def test_derivatives_large_matrices_and_other_numbers_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
+    small = torch.randn(1, 8, 12)
+    newton_schulz(small.requires_grad_(), ABC, 5).sum().backward()
+    assert small.grad is not None
+    newton_schulz(torch.randn(1, functions.SMALL + 1, functions.SMALL + 2), ABC, 1)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert newton_schulz(torch.randn(1, 8, 12).to(dtype), ABC, 5).dtype == dtype
+    assert newton_schulz(torch.randn(1, 0, 12), ABC, 5).shape == (1, 0, 12)
+    assert not calls
+
+
+# ---- where they come from
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not an object"])
 def test_what_is_not_installed_or_cannot_be_loaded_is_none(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "SOURCE", tmp_path / "passes.cpp")
@@ -446,7 +515,8 @@ def test_what_was_built_for_another_cpu_or_from_another_source_is_none(
     usable: int, changed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(functions, "SOURCE", tmp_path / "passes.cpp")
-    code = f"int usable(void) {{ return {usable}; }} unsigned source(void) {{ return SOURCE; }} void look(void) {{}} void take(void) {{}}"
+    code = f"int usable(void) {{ return {usable}; }} unsigned source(void) {{ return SOURCE; }} "
+    code += "void look(void) {} void take(void) {} void orthogonal(void) {}"
     (tmp_path / "passes.cpp").write_text(code)
     made, define = tmp_path / f"_passes{EXTENSION_SUFFIXES[0]}", f"-DSOURCE={zlib.crc32(code.encode())}u"
     subprocess.run(["cc", "-x", "c", "-shared", "-fPIC", define, tmp_path / "passes.cpp", "-o", made], check=True)

@@ -1,4 +1,4 @@
-"""The two passes of passes.cpp as ctypes functions: built with the package where it was installed, or compiled when first wanted."""
+"""The functions of passes.cpp, by ctypes: built with the package where it was installed, or compiled when first wanted."""
 
 import ctypes
 import zlib
@@ -7,12 +7,16 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # noqa: F401 - before the passes are loaded, so that they find torch's OpenMP and do not start threads of their own
+import torch  # before the passes are loaded, so that they find torch's OpenMP and do not start threads of their own
+from torch import Tensor
+from torch.autograd import forward_ad
 
 SOURCE = Path(__file__).with_name("passes.cpp")
 # Elements of a tensor that a thread handles at a time: few enough to share 100,000 out evenly, and with millions more of them, as memory is
 # read 5 % faster.
 BLOCK, LONG_BLOCK, LONG = 2**13, 2**15, 2**20
+# The longest smaller side of a matrix that is orthogonalised in C++: above, the products of a library are faster.
+SMALL = 128
 # After torch's own flags: it compiles its kernels without vectorising loops, without FMA, and with the errno of every root.
 FLAGS = ("-O3", "-fno-math-errno", "-ftree-loop-vectorize", "-ffp-contract=fast")
 
@@ -87,12 +91,28 @@ def built() -> ctypes.CDLL | None:
     return functions if functions.usable() else None
 
 
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, least: float) -> Tensor | None:
+    """`newton_schulz` of muon.py in C++; None where the matrices are not small and on a CPU in float32, or derivatives are wanted."""
+    if torch.compiler.is_compiling() or type(matrices) is not Tensor or not matrices.is_cpu or matrices.dtype != torch.float32:
+        return None
+    functions = installed() if min(matrices.shape) > 0 and min(matrices.shape[1:]) <= SMALL else None
+    if functions is None or matrices.requires_grad or forward_ad.unpack_dual(matrices).tangent is not None:
+        return None
+    matrices = matrices.resolve_neg().contiguous()
+    found = torch.empty_like(matrices)
+    abc = (ctypes.c_float * 3)(*coefficients)
+    functions.orthogonal(torch.get_num_threads(), *matrices.shape, matrices.data_ptr(), found.data_ptr(), steps, abc, least)
+    return found
+
+
 def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     table = [number, pointer, number, pointer, pointer]  # blocks, block, count, tensors, values
     functions.look.argtypes = [number, number, *table, pointer, pointer]
     functions.take.argtypes = [number, *table, number, pointer, pointer, pointer, pointer]
     functions.look.restype, functions.take.restype = ctypes.c_int, None
+    functions.orthogonal.argtypes = [number, number, number, number, pointer, pointer, number, pointer, ctypes.c_float]
+    functions.orthogonal.restype = None
     functions.usable.argtypes, functions.usable.restype = [], ctypes.c_int
     functions.source.argtypes, functions.source.restype = [], ctypes.c_uint32
     return functions

@@ -1,5 +1,5 @@
 // The two passes over the weights of a training step on a CPU, for every rule whose learned hyperparameter (lr, or none) does not enter its
-// direction. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
+// direction, and the orthogonal factors of small matrices. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
 //
 //     look    what must be known before the step: whether g is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of what lr moves and the
 //             step s at lr = 1, where an average forgets, Σg·gap, and where state is kept relative to x, Σx
@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -416,6 +417,119 @@ bool finite(const Table& table, int64_t blocks) {
     return true;
 }
 
+// ---- U·Vᵀ of small matrices
+//
+// A library's product of two 64 x 64 matrices waits longer for its threads, and is longer on its way through Python, than it takes. Here a
+// thread does all of the work on a matrix, whose products stay in its second-level cache.
+
+// As many floats as are multiplied and added at once.
+#if defined(__GNUC__) && defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__GNUC__) && defined(__AVX__)
+constexpr int LANES = 8;
+#elif defined(__GNUC__)
+constexpr int LANES = 4;
+#else
+constexpr int LANES = 1;
+#endif
+#ifdef __GNUC__
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+#else
+typedef float Vector;
+#endif
+
+constexpr int ROWS = 6;                       // of a product that are computed together,
+constexpr int COLUMNS = LANES == 16 ? 4 : 2;  // with this many vectors of each: they stay in registers
+
+inline Vector load(const float* from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+// A matrix that is kept with rows and columns of zeros, up to whole tiles.
+struct Matrix {
+    int64_t rows, columns, stride;
+    std::vector<float> at;
+
+    Matrix(int64_t r, int64_t c) : rows((r + ROWS - 1) / ROWS * ROWS), columns(c), stride((c + LANES - 1) / LANES * LANES), at(rows * stride) {}
+    float* row(int64_t i) { return at.data() + i * stride; }
+    const float* row(int64_t i) const { return at.data() + i * stride; }
+};
+
+// `wide` vectors of ROWS rows of a·A·B + b·C.
+template <int wide> void tile(int64_t i, int64_t j, float a, const Matrix& A, const Matrix& B, float b, const Matrix& C, Matrix& out) {
+    Vector sums[ROWS][wide] = {};
+    const float* left = A.row(i);
+    for (int64_t k = 0; k < A.columns; k++) {
+        Vector right[wide];
+        for (int v = 0; v < wide; v++) right[v] = load(B.row(k) + j + v * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < wide; v++) sums[r][v] = sums[r][v] + left[r * A.stride + k] * right[v];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < wide; v++) {
+            Vector found = a * sums[r][v];
+            if (b != 0) found = found + b * load(C.row(i + r) + j + v * LANES);
+            std::memcpy(out.row(i + r) + j + v * LANES, &found, sizeof found);
+        }
+}
+
+// out = a·A·B + b·C, where `out` is none of the others.
+void multiply(float a, const Matrix& A, const Matrix& B, float b, const Matrix& C, Matrix& out) {
+    int64_t j = 0;
+    for (; j + COLUMNS * LANES <= B.stride; j += COLUMNS * LANES)
+        for (int64_t i = 0; i < A.rows; i += ROWS) tile<COLUMNS>(i, j, a, A, B, b, C, out);
+    for (; j < B.stride; j += LANES)
+        for (int64_t i = 0; i < A.rows; i += ROWS) tile<1>(i, j, a, A, B, b, C, out);
+}
+
+// Newton-Schulz as in muon.py. The matrices are polynomials of the first x·xᵀ, and by their product x is multiplied once.
+struct Orthogonal {
+    Matrix x, xt, y, gram, other, q, product;
+
+    Orthogonal(int64_t r, int64_t c) : x(r, c), xt(c, r), y(r, c), gram(r, r), other(r, r), q(r, r), product(r, r) {}
+
+    // Of the matrix with the elements in[i·down + j·along], to the same places of `out`.
+    void operator()(const float* in, float* out, int64_t down, int64_t along, int64_t steps, const float* abc, float least) {
+        const float a = abc[0], b = abc[1], c = abc[2];
+        const int64_t r = xt.columns, n = x.columns;
+        double squares = 0;
+        for (int64_t i = 0; i < r; i++) {
+            float* row = x.row(i);
+            float sums[LANES] = {};
+            for (int64_t j = 0; j < n; j++) row[j] = in[i * down + j * along];
+            for (int64_t j = 0; j < x.stride; j += LANES)
+                for (int l = 0; l < LANES; l++) sums[l] += row[j + l] * row[j + l];
+            for (float sum : sums) squares += sum;
+        }
+        const float norm = std::max(static_cast<float>(std::sqrt(squares)), least);
+        for (int64_t i = 0; i < r; i++)
+            for (int64_t j = 0; j < n; j++) x.row(i)[j] /= norm;
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < r; i++) xt.row(j)[i] = x.row(i)[j];
+        multiply(1, x, xt, 0, gram, other);
+        std::swap(gram, other);
+        for (int64_t step = 0; step < steps; step++) {
+            multiply(c, gram, gram, b, gram, q);
+            if (step) {
+                multiply(1, product, q, a, product, other);
+                std::swap(product, other);
+            } else {
+                product = q;
+                for (int64_t i = 0; i < r; i++) product.row(i)[i] += a;
+            }
+            if (step < steps - 1) {
+                multiply(1, gram, q, a, gram, other);
+                multiply(1, other, q, a, other, gram);
+            }
+        }
+        multiply(1, product, x, 0, x, y);
+        for (int64_t i = 0; i < r; i++)
+            for (int64_t j = 0; j < n; j++) out[i * down + j * along] = y.row(i)[j];
+    }
+};
+
 }  // namespace
 
 // Whether this CPU has the instructions that the file was compiled for. An object built with -march=native may reach another machine inside
@@ -567,4 +681,29 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
         if (table.column(LAG, tensor)) *table.column(LAG, tensor) = by.lag, *table.column(LAG_SIZE, tensor) = by.lag_size;
     }
     sums[5] = total(blocks, partial, 5);
+}
+
+// U·Vᵀ of each of `count` matrices of `rows` x `columns`, one after the other in `in`, to `out`. No norm below `least` is divided by.
+extern "C" void orthogonal(int64_t threads, int64_t count, int64_t rows, int64_t columns, const float* in, float* out, int64_t steps,
+                           const float* coefficients, float least) {
+    const bool tall = rows > columns;
+    const auto work = [&](int64_t begin, int64_t end) {
+        Orthogonal found(std::min(rows, columns), std::max(rows, columns));
+        for (int64_t m = begin; m < end; m++) {
+            const int64_t start = m * rows * columns;
+            found(in + start, out + start, tall ? 1 : columns, tall ? columns : 1, steps, coefficients, least);
+        }
+    };
+#ifdef _OPENMP
+    if (threads > 1 && count > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+        {
+            const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+            const int64_t begin = me * count / team, end = (me + 1) * count / team;
+            if (begin < end) work(begin, end);
+        }
+        return;
+    }
+#endif
+    work(0, count);
 }

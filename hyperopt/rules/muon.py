@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, baddbmm, cat, expm1, eye, finfo, lerp
 
+from ..body.functions import orthogonal
 from ..domains import Positive, UnitInterval
 from ..rule import Rule, State, Values, hyper, root, square
 from .split import Splits
@@ -151,6 +152,8 @@ class Muon(Rule, metaclass=Splits):
 
 def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ of a batch, approximately; 0 for a matrix of zeros."""
+    if (found := orthogonal(matrices, coefficients, steps, EPS)) is not None:
+        return found
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
