@@ -33,7 +33,7 @@ def execute(tasks: Mapping[str, Callable[[], Any]], jobs: int) -> Iterator[tuple
                 signal.signal(signal.SIGINT, handler)
             for future in as_completed(keys):
                 yield keys[future], future.result()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, GeneratorExit):  # GeneratorExit: Ctrl-C came while the caller worked on a result
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()

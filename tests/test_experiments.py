@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from experiments import data, mnist, models, robustness, store
+from experiments.pool import execute
 from experiments.workloads import WORKLOADS
 from hyperopt import HyperOptimizer, driven
 from hyperopt.record import read_csv
@@ -592,3 +595,16 @@ def test_ctrl_c_ends_the_processes_of_a_pool_and_keeps_the_runs_that_are_done(tm
     assert process.returncode == 77, errors
     assert not errors, errors  # no traceback, and no progress bar without a terminal
     assert list(json.loads(out.read_text())["runs"]) == ["a"]
+
+
+def late(path):
+    time.sleep(20)
+    path.touch()
+
+
+def test_a_pool_that_is_left_early_ends_its_processes(tmp_path):
+    for _ in execute({"a": partial(slow, 0), "b": partial(late, tmp_path / "late")}, jobs=2):
+        break
+    for process in multiprocessing.active_children():
+        process.join()
+    assert not (tmp_path / "late").exists()
