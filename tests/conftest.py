@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,19 @@ def _mnist() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs these too")
+    config.addinivalue_line("markers", "one_in(n): of this test's parameters every nth is in each run, and the others are slow")
     config.addinivalue_line("markers", "needs_mnist: the test reads MNIST from HYPEROPT_DATA, or from ./data")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen: Counter[object] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("one_in"):
+            function = getattr(item, "function", None)
+            if seen[function] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[function] += 1
     if not _mnist().is_dir():
         skip = pytest.mark.skip(reason=f"no MNIST on this machine: {_mnist()} does not exist, set HYPEROPT_DATA to a folder with MNIST/raw")
         for item in items:

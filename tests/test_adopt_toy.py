@@ -21,6 +21,7 @@ def test_the_gradients_mean_1_so_that_the_solution_is_minus_1(gradients):
     assert gradients.mean() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_adopt_converges_for_every_beta2_adam_does_not_and_amsgrad_is_in_between(gradients):
     xs = adopt_toy.run(adopt_toy.RULES["ADOPT"], gradients)
     adam, amsgrad = (adopt_toy.final(adopt_toy.run(adopt_toy.RULES[name], gradients[:EARLY])) for name in ("Adam", "AMSGrad"))

@@ -179,6 +179,7 @@ def test_nothing_is_said_of_values_before_there_is_a_tangent():
         assert optimizer.hypergradients().keys() == names
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.filterwarnings("ignore:torch .* loses float64 numbers:RuntimeWarning")  # torch 2.11 steps eagerly
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("per", ["group", "tensor", "coordinate"])
@@ -377,6 +378,7 @@ def test_the_average_is_torchs_started_from_nothing_and_training_is_that_of_the_
     torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=atol)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])
 @every_case
 def test_learning_is_that_of_the_rule(case, alone):

@@ -76,6 +76,7 @@ def assert_goes_on(model, optimizer, fresh, again, steps=range(5, 9)):
 # ---- by name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_named_parameters_go_on_bit_for_bit_in_any_order(tower, order):
@@ -281,6 +282,7 @@ def is_plain(path, names):
     return path[0] in ("state", "driven") or path[-2] in ("state", "last", "values", "held_out", "skipped") or path[-1] in names
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sample", [3, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_checkpoint_is_refused_or_harmless(name, sample):

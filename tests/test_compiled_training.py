@@ -50,6 +50,7 @@ def assert_same(model, twin):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("make", BINDINGS.values(), ids=BINDINGS)
 @pytest.mark.parametrize("function", [whole, held_out])
 def test_a_whole_training_step(make, function):

@@ -27,11 +27,7 @@ H = 1e-3  # small, as few coordinates may pass a kink (a maximum, a clip) within
 STENCIL = {1: 45 / 60, 2: -9 / 60, 3: 1 / 60}  # central differences of order 6: the error is about H^6/140
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# Of nine only six in every run, as what a horizon carries does not depend on the level; each horizon is among them, above level 0 too.
-SLOW = {(1, math.inf), (2, 1), (2, 10)}
-every_level_and_horizon = pytest.mark.parametrize(
-    ("level", "horizon"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair in SLOW)) for pair in itertools.product(LEVELS, HORIZONS)]
-)
+every_level_and_horizon = pytest.mark.parametrize(("level", "horizon"), list(itertools.product(LEVELS, HORIZONS)))
 
 
 # ---- towers with one rule of the table at one level
@@ -208,6 +204,7 @@ def check(case, node, steps, horizon, indices=((),)):
 # ---- properties
 
 
+@pytest.mark.one_in(4)
 @every_level_and_horizon
 @every_case
 def test_all_learned(case, level, horizon):
@@ -216,6 +213,7 @@ def test_all_learned(case, level, horizon):
     check(case, node, steps, horizon)
 
 
+@pytest.mark.one_in(4)
 @every_level_and_horizon
 @every_case
 def test_lr_alone(case, level, horizon):
@@ -227,6 +225,7 @@ def test_lr_alone(case, level, horizon):
     close(reported(steps, "lr"), reported(general, "lr"), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("level", "trust"), [(0, None), (1, None), pytest.param(2, None, marks=pytest.mark.slow), (0, 3e-3)])
 @pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])
 @every_case
@@ -238,6 +237,7 @@ def test_graph_is_the_same_at_horizon_1(case, level, alone, trust):
         close(reported(graph[1], name), reported(tangents[1], name), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("learn", ["lr", "all"])
 @pytest.mark.parametrize(("level", "trust"), [(0, 3e-3), (1, 1e-3)])
 @pytest.mark.parametrize("horizon", [1, 10])

@@ -85,6 +85,7 @@ def combinations():
             yield pytest.param(case, turn, id=f"{case.name}-{turn.height}")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("case", "turn"), list(combinations()))
 def test_every_rule(case, turn, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=turn.backend))
@@ -113,6 +114,7 @@ TOWERS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("text", "backend"), [*zip(TOWERS, (TRACE, GRAPH, TRACE, GRAPH, TRACE, TRACE), strict=True)])
 @pytest.mark.usefixtures("generic")
 def test_stage_by_stage(text, backend, monkeypatch):
@@ -288,9 +290,9 @@ def test_what_changes_between_steps(whole, monkeypatch):
     assert pairs[1][1].skipped == {"gradients": 1, "hypergradients": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("generic")
-# The second has what the first has: one chunk less, and then as many with other weights.
-@pytest.mark.parametrize("missing", [pytest.param((3, 3), marks=pytest.mark.slow), (0, 3)], ids=["one chunk less", "another chunk less"])
+@pytest.mark.parametrize("missing", [(3, 3), (0, 3)], ids=["one chunk less", "another chunk less"])
 def test_stages_are_those_of_as_many_chunks_and_weights(missing, monkeypatch):
     """A parameter that loses its gradient for good, and then another in its place: what is compiled knows how many there are."""
     monkeypatch.setattr("hyperopt.body.choose.PIECES", 0)

@@ -66,6 +66,7 @@ def nearest(ys, metrics, inside):
 # ---- feasible
 
 
+@pytest.mark.one_in(3)
 @every_set
 @every_case
 def test_inside_at_every_step(case, inside, monkeypatch):

@@ -185,6 +185,7 @@ def test_a_state_that_no_step_can_go_on_from_is_refused_and_nothing_is_taken(key
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(weights(optimizer), weights(other), strict=True))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("tower", [TOWERS["native"], BETAS, TOWERS["schedule-free"]], ids=str)
 def test_a_compiled_step_goes_on_with_a_replaced_parameter(tower):
     _, optimizer = made(tower, compile=True)

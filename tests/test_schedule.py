@@ -49,6 +49,7 @@ def replay(model, optimizer, source, steps=range(STEPS), **options):
     return schedule
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tower", "make"), TOWERS, ids=lambda value: getattr(value, "__name__", None))
 @pytest.mark.parametrize(("way", "dtype", "precision"), WAYS)
 def test_plain_torch_with_what_was_learned_is_the_tower(tower, make, way, dtype, precision, tmp_path):

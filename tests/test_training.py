@@ -106,6 +106,7 @@ def resident():
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
 
 
+@pytest.mark.one_in(5)
 @every_tower
 def test_2000_steps_in_flat_memory(tower):
     others = live()  # kept, so that nothing of the tests before this one is freed during the 2000 steps
@@ -127,6 +128,7 @@ def test_2000_steps_in_flat_memory(tower):
 # ---- towers train
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("height", range(1, 31))
 @pytest.mark.parametrize(("rule", "alive"), [(SGD, 2), (Adam, 30)], ids=["SGD", "Adam"])
 def test_heights_1_to_30_stay_finite(rule, alive, height):
