@@ -11,7 +11,7 @@ from torch import Tensor
 from ..guards import Size
 from ..rule import State
 from ..tangents import Raw
-from .arithmetic import Selected
+from .arithmetic import OnHost
 from .buffers import Buffer
 from .eager import Eager
 from .functions import Column, Value, block
@@ -202,7 +202,7 @@ class Passes:
                 edits.finish()
         for buffer, _, own in self.given:
             for key, new in own.items():
-                Selected.write(buffer.state[key], new, body.orders[0] > 0)
+                OnHost.write(buffer.state[key], new, bool(body.orders[0] > 0))
         self.given = []
 
     def _give(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, body: Any) -> None:
