@@ -409,6 +409,7 @@ def test_training_gradients_say_nothing_about_the_decay(base):
     assert float(before) == pytest.approx(DECAY, rel=1e-15)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["lr", "decay"])
 @every_case
 def test_the_tangent_of_the_average_is_a_finite_difference(case, name):

@@ -64,6 +64,7 @@ def test_a_whole_training_step(make, function):
     assert_same(model, twin)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("make", BINDINGS.values(), ids=BINDINGS)
 def test_the_step_alone(make):
     model, twin = net(), net()

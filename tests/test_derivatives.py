@@ -225,7 +225,7 @@ def test_lr_alone(case, level, horizon):
     close(reported(steps, "lr"), reported(general, "lr"), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("level", "trust"), [(0, None), (1, None), pytest.param(2, None, marks=pytest.mark.slow), (0, 3e-3)])
 @pytest.mark.parametrize("alone", [False, True], ids=["all", "lr"])
 @every_case
@@ -237,7 +237,7 @@ def test_graph_is_the_same_at_horizon_1(case, level, alone, trust):
         close(reported(graph[1], name), reported(tangents[1], name), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("learn", ["lr", "all"])
 @pytest.mark.parametrize(("level", "trust"), [(0, 3e-3), (1, 1e-3)])
 @pytest.mark.parametrize("horizon", [1, 10])
@@ -257,6 +257,7 @@ def test_projected_lr(case, horizon, level, trust, learn):
     check(case, node, steps, horizon)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("per", "values"), [("tensor", 4), ("coordinate", 37)])
 @every_case
 def test_several_values(case, per, values):
@@ -347,6 +348,7 @@ def test_zero_gradients(case, dtype):
     assert optimizer.skipped == {"gradients": 0, "hypergradients": 0}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("operations_of_torch")
 @every_case
 def test_bfloat16(case):

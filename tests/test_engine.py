@@ -85,7 +85,7 @@ def combinations():
             yield pytest.param(case, turn, id=f"{case.name}-{turn.height}")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(("case", "turn"), list(combinations()))
 def test_every_rule(case, turn, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=turn.backend))
@@ -258,15 +258,16 @@ def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
         assert_equal(eager, fused, torch.float32)
 
 
-# Stage by stage the code is found by the same key, and traced for a minute.
-@pytest.mark.parametrize("whole", [3, pytest.param(0, marks=pytest.mark.slow)])
-def test_what_changes_between_steps(whole, monkeypatch):
+# Kernels alone mind how memory lies, and ten of them take a minute. Stage by stage the code is found by the same key, and traced for as long.
+@pytest.mark.parametrize(
+    ("whole", "backend"), [(3, TRACE), pytest.param(3, KERNELS, marks=pytest.mark.slow), pytest.param(0, TRACE, marks=pytest.mark.slow)]
+)
+def test_what_changes_between_steps(whole, backend, monkeypatch):
     """Levels above that step now and then, parameters without a gradient, weights and gradients that lie otherwise in memory."""
     monkeypatch.setattr("hyperopt.body.choose.PIECES", whole)
     monkeypatch.setattr("hyperopt.body.choose.LARGE", 1)
     monkeypatch.setattr("hyperopt.body.choose.LARGE_FUSED", 1)
-    if not whole:  # kernels alone mind how memory lies, and are made for the whole step
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=TRACE))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     pairs = []
     for c in (False, True):
         params = bound("Adam", compile=False)[0]

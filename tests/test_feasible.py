@@ -390,6 +390,7 @@ def test_a_checkpoint_keeps_the_sets_of_the_groups(way):
     assert differences(snapshot(model, optimizer), snapshot(twin, other)) == []
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @every_set
 def test_compiled_equals_eager(inside, monkeypatch):

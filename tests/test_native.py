@@ -278,6 +278,7 @@ def test_groups_count_a_step_together():
     assert_equal(*runs, torch.float32)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "text", ["Adam(weight_decay=0.1) / Adam", "Adam(learn=(lr, beta1)) / Adam", "SGD(project=Box(-9, 9)) / Adam", "Adam(per=tensor) / Adam"]
 )

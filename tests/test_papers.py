@@ -344,7 +344,7 @@ def invoke(images, tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_resumes_and_draws(invoke, tmp_path, name):
     path = tmp_path / f"{name}.json"
@@ -378,7 +378,7 @@ def test_a_script_runs_resumes_and_draws(invoke, tmp_path, name):
     assert "holds runs of" in invoke(name, seeds=3).output
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_figure_of_what_is_there_so_far(invoke, tmp_path, name):
     key = next(key for key in plans()[name] if key.startswith(("all", "both", "auto")) or "| auto |" in key)

@@ -63,7 +63,7 @@ def train(model, optimizer, dtype, steps):
         optimizer.step()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("tower", "large"), WAYS, ids=lambda way: getattr(way, "__name__", way))
 @pytest.mark.parametrize(
     ("case", "dtype"),

@@ -70,6 +70,7 @@ def test_a_step_is_taken_at_what_the_scheduler_wrote_times_the_learned_lr(schedu
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(reference.param_groups[0]["lr"], rel=1e-10)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     "rule", [Adam, SGD(momentum=0.9), ScheduleFree(Adam), Averaged(Adam), Muon, Adam(weight_decay=0.1)], ids=lambda rule: str(Hyper(rule))

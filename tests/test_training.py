@@ -245,6 +245,7 @@ def mnist_error(mnist, tower, seed):
     return 100 * (model(mnist.test_x).argmax(1) != mnist.test_y).float().mean().item()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.needs_mnist
 @pytest.mark.parametrize(
     ("tower", "bound"),
