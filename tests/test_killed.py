@@ -3,7 +3,6 @@
 import multiprocessing
 import random
 import time
-import warnings
 
 import pytest
 import torch
@@ -24,7 +23,10 @@ TOWERS = [
     "SGD(lr=0.01, momentum=0.9, horizon=inf) / SGD",
 ]
 STEPS = 100
-FORK = multiprocessing.get_context("fork")  # to import torch takes seconds
+# To import torch takes seconds. Forks of a server that has done no more than that: a child of this process could not train in case it has
+# threads of autograd, from any test before.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "hyperopt", "pytest"])
 
 
 def run(folder, text):
@@ -69,9 +71,7 @@ def run_killed(text, folder, kills, seed):
 
 def started(folder, text):
     process = FORK.Process(target=run, args=(folder, text))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads, of which the child uses none
-        process.start()
+    process.start()
     return process
 
 
