@@ -387,7 +387,7 @@ def test_a_group_says_what_its_tensors_are():
     groups = [{"params": params[:1], "rule": "Adam"}, {"params": params[1:2], "rule": Muon, "blocks": 2}]
     groups.append({"params": params[2:], "rule": ["Muon", "Adam"], "blocks": [3, 1]})
     optimizer = Hyper(Muon | Adam).stack(Adam).bind(groups)
-    assert [list(group.roles.values()) for group in optimizer._groups()] == [[Role(1, 1)], [Role(0, 2)], [Role(0, 3), Role(1, 1)]]
+    assert [list(group.roles.values()) for group in optimizer._groups()] == [[Role(1)], [Role(0, 2)], [Role(0, 3, True), Role(1, 1, True)]]
     descend(params, optimizer, 2)
     assert [set(optimizer.state[p]) & {"m", "v"} for p in params] == [{"m", "v"}, {"m"}, {"m"}, {"m", "v"}]
 
