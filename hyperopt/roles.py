@@ -16,10 +16,12 @@ class Role(NamedTuple):
     Args:
         direction: which of the directions of a split rule serves it; None where the rule is to judge by its shape.
         blocks: the number of matrices that lie in it one below the other, such as the three of a fused QKV projection.
+        matrix: whether it is one of several tensors of its group that have two or more dimensions.
     """
 
     direction: int | None = None
     blocks: int = 1
+    matrix: bool = False
 
 
 HIDDEN, REST = Role(0), Role(1)
@@ -96,7 +98,8 @@ def settle(group: dict[str, Any], parts: Sequence[str]) -> dict[Tensor, Role]:
         if type(count) is not int or count < 1 or (count > 1 and (p.dim() < 2 or p.shape[0] % count)):
             shape = tuple(p.shape)
             raise ValueError(f"a parameter group's blocks = {count!r} must be a number that divides the rows of a matrix, here {shape}")
-    return {p: Role(parts.index(names[i]) if parts else None, counts[i]) for i, p in enumerate(params)}
+    several = sum(p.dim() >= 2 for p in params) > 1
+    return {p: Role(parts.index(names[i]) if parts else None, counts[i], several and p.dim() >= 2) for i, p in enumerate(params)}
 
 
 def _each(group: dict[str, Any], entry: str, default: list[Any]) -> list[Any]:

@@ -35,8 +35,7 @@ def hyper(default: float, domain: Domain, *, above: float | None = None) -> Any:
         domain: the set in which the hyperparameter lives, and the space in which it is learned.
         above: the default above level 0, where the rule moves raw hyperparameters and not weights; `default` if None.
     """
-    declared = Declared(default, domain, default if above is None else above)
-    return field(default=default, metadata={"hyper": declared})
+    return field(default=default, metadata={"hyper": Declared(default, domain, default if above is None else above)})
 
 
 class Values:
@@ -196,15 +195,16 @@ class Rule(ABC):
 
     def _step(self, x: Tensor, d: Tensor, h: Values, t: Tensor) -> Tensor:
         """The direction with decoupled weight decay."""
-        decays = self._decays() and not self._couples()
-        return d + self._decay(h, t) * (x.where(d * x >= 0, 0.0) if self.cautious else x) if decays else d
+        most = self._subject() if self._decays() and not self._couples() else 0.0
+        shrunk = x.clamp(-most, most) if 0 < most < math.inf else x
+        return d + self._decay(h, t) * (shrunk.where(d * x >= 0, 0.0) if self.cautious else shrunk) if most else d
 
     def _decays(self) -> bool:
-        return getattr(self, "weight_decay", 0) != 0 and self._subject()
+        return getattr(self, "weight_decay", 0) != 0 and self._subject() > 0
 
-    def _subject(self) -> bool:
-        """Whether weight decay applies to the tensors that this rule serves."""
-        return True
+    def _subject(self) -> float:
+        """The size above which the weights that this rule serves decay as if they were no larger; 0 where they do not decay at all."""
+        return math.inf
 
     def _couples(self) -> bool:
         """Whether weight decay is added to the gradient, so that the direction depends on x."""

@@ -27,7 +27,7 @@ class Tangents:
     not (lr alone; beta1 of an average), it is computed once, and only what follows from it is differentiated; in closed form where
     nothing follows and lr alone is learned, as log lr:
 
-        Z' = γ·(1 − lr·weight_decay)·Z − lr·(d + weight_decay·x)      weight_decay: 0 for the elements that do not decay (`cautious`)
+        Z' = γ·(1 − lr·weight_decay)·Z − lr·(d + weight_decay·x)      weight_decay: 0 where its size does not depend on x
 
     Args:
         rule: whose update it is.

@@ -210,7 +210,7 @@ def test_gradients_are_smoothed_before_they_are_orthogonalised():
         torch.testing.assert_close(d, plain.direction(mean, {}, None, None)[0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("decayed", [None, "Muon", "Adam"])
+@pytest.mark.parametrize("decayed", [None, "Muon", "Adam", "matrices"])
 @pytest.mark.parametrize("outer", ["(Muon | Adam)", "ScheduleFree(Muon | Adam)"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_decay_that_are_said_to(outer, decayed, dtype):
@@ -222,8 +222,75 @@ def test_weights_decay_that_are_said_to(outer, decayed, dtype):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
-        decays = decayed in (None, "Muon" if name in MATRICES else "Adam")
+        served = "Muon" if name in MATRICES else "Adam"
+        decays = p.dim() > 1 if decayed == "matrices" else decayed in (None, served)
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(("shapes", "decay"), [([(3, 2)], False), ([(3, 2), (3,)], False), ([(3, 2), (2, 1, 2), (3,)], True)])
+def test_one_matrix_is_what_is_estimated_and_does_not_decay(shapes, decay, compile):
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    text = "ScheduleFree(Muon | Adam)(lr=0.1, weight_decay=0.5, decayed=matrices) / Adam"
+    optimizer = Hyper.parse(text).bind([{"params": params, "rule": "Adam"}], compile=compile)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for p in params:
+        assert bool((p < 1).all()) == (decay and p.dim() > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decayed", ["matrices", "Adam", None])
+def test_large_weights_decay_as_smaller_ones(decayed, dtype):
+    """By 3 at most, if matrices are what decays."""
+    values = torch.tensor([[-9.0, -2.0, 1.0], [2.5, 3.5, 70.0]], dtype=dtype)
+    params = [nn.Parameter(values.clone()) for _ in range(2)]
+    text = f"ScheduleFree(Muon | Adam)(lr=0.1, weight_decay=0.5, decayed={decayed}, cautious=True, trust=None) / Adam"
+    optimizer = Hyper.parse(text).bind([{"params": params, "rule": "Adam"}])
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    taken = values.clamp(-3, 3) if decayed == "matrices" else values
+    for p in params:
+        torch.testing.assert_close(p.detach(), values - 0.05 * taken)
+
+
+@pytest.mark.parametrize("outer", ["(Muon | Adam)", "ScheduleFree(Muon | Adam)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lr_is_learned_as_the_update_says_where_large_weights_decay_less(outer, dtype, monkeypatch):
+    """The closed form and the C++ passes, against the update of lr and beta2, which is differentiated as a whole."""
+    monkeypatch.setattr("hyperopt.rules.split.LARGEST", 0.2)
+    models, found = [tiny(dtype) for _ in range(2)], []
+    for model, learn in zip(models, ("lr", "(lr, beta2)"), strict=True):
+        text = f"{outer}(lr=0.01, eps=0.001, weight_decay=2.0, decayed=matrices, cautious=True, learn={learn}) / SGD(lr=1e-20)"
+        optimizer = Hyper.parse(text).bind(model)
+        qs = []
+        for step in range(8):
+            train(model, optimizer, [step])
+            qs.append(optimizer.hypergradients().get("0.lr"))
+        found.append(torch.stack(qs[1:]))
+    torch.testing.assert_close(*found, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-6 if dtype == torch.float32 else 1e-12)
+    assert found[0].abs().min() > 1e-6
+
+
+def test_what_decays_is_not_gathered_with_what_does_not():
+    """Where it is all served by one rule, also once decay is switched on later."""
+    model = tiny(torch.float32)
+    optimizer = Hyper.parse("(Muon | Adam)(lr=0.1, decayed=matrices, learn=lr) / Adam").bind(
+        [{"params": model.parameters(), "rule": "Adam"}]
+    )
+    train(model, optimizer, [0])
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.param_groups[0]["lr"] = 0.1
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        optimizer.state[p]["m"].zero_()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() > 1 else 1))
 
 
 def test_a_vector_is_one_column_and_a_tiny_gradient_makes_a_small_step():
@@ -320,7 +387,7 @@ def test_a_group_says_what_its_tensors_are():
     groups = [{"params": params[:1], "rule": "Adam"}, {"params": params[1:2], "rule": Muon, "blocks": 2}]
     groups.append({"params": params[2:], "rule": ["Muon", "Adam"], "blocks": [3, 1]})
     optimizer = Hyper(Muon | Adam).stack(Adam).bind(groups)
-    assert [list(group.roles.values()) for group in optimizer._groups()] == [[Role(1, 1)], [Role(0, 2)], [Role(0, 3), Role(1, 1)]]
+    assert [list(group.roles.values()) for group in optimizer._groups()] == [[Role(1)], [Role(0, 2)], [Role(0, 3, True), Role(1, 1, True)]]
     descend(params, optimizer, 2)
     assert [set(optimizer.state[p]) & {"m", "v"} for p in params] == [{"m", "v"}, {"m"}, {"m"}, {"m", "v"}]
 
@@ -440,6 +507,7 @@ TOWERS = [
     "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001) / Adam",
     "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, norm_decays=(0.9, 0.99), forget=0.2, through=0.8) / Adam",
     "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, smoothing=0.5, decayed=Muon, cautious=True) / Adam",
+    "ScheduleFree(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, decayed=matrices, cautious=True) / Adam",
     "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.3, cautious=True, decayed=Adam) / Adam",
     "(Muon | Adam)(lr=0.01, eps=0.001, learn=(lr, momentum)) / Adam",
 ]
@@ -450,6 +518,7 @@ TOWERS = [
 @pytest.mark.parametrize("way", ["native", "whole", "stages"])
 @pytest.mark.usefixtures("graphs")
 def test_compiled_is_eager(way, text, monkeypatch):
+    monkeypatch.setattr("hyperopt.rules.split.LARGEST", 0.2)
     if way != "native":
         monkeypatch.setattr("hyperopt.body.functions.built", lambda: None)
         monkeypatch.setattr("hyperopt.body.functions.installed", lambda: None)
@@ -466,13 +535,15 @@ def test_compiled_is_eager(way, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", [*TOWERS[:2], "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.1) / Adam", "(Muon | Adam)(eps=0.001, lr=0.01)"]
+    "text",
+    [*TOWERS[:2], TOWERS[3], "(Muon | Adam)(lr=0.01, eps=0.001, weight_decay=0.1) / Adam", "(Muon | Adam)(eps=0.001, lr=0.01)"],
 )
-def test_native_passes_make_adams_directions_and_are_given_muons(text):
+def test_native_passes_make_adams_directions_and_are_given_muons(text, monkeypatch):
     from hyperopt.body.functions import installed
 
     if installed() is None:
         pytest.skip("the passes are not built")
+    monkeypatch.setattr("hyperopt.rules.split.LARGEST", 0.2)
     models = [tiny(torch.float32) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hyperopt.body.functions.installed", lambda: None)
@@ -482,7 +553,8 @@ def test_native_passes_make_adams_directions_and_are_given_muons(text):
         train(models[0], plain, [step])
         train(models[1], native, [step])
     body = native._groups()[0].body
-    assert sorted(body.passes.told) == [False] + [True] * len(MATRICES)
+    rest = 2 if "decayed=matrices" in text else 1  # what decays is stepped by itself
+    assert sorted(body.passes.told) == [False] * rest + [True] * len(MATRICES)
     assert not hasattr(plain._groups()[0].body, "passes")
     torch.testing.assert_close(*(flat(model.parameters()) for model in models), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain.hyperparameters(), native.hyperparameters(), rtol=1e-4, atol=0)
@@ -560,6 +632,7 @@ def test_no_first_moment_inside_a_schedule_free_one():
         "ScheduleFree(Muon | Adam)(ns_steps=6, rows=128) / Adam",
         "ScheduleFree(Muon | Adam)(norm_decays=(0.9, 0.99), forget=0.05, through=0.99) / Adam",
         "ScheduleFree(Muon | Adam)(weight_decay=0.1, smoothing=0.5, decayed=Muon, cautious=True) / Adam",
+        "(Muon | Adam)(weight_decay=0.1, decayed=matrices) / Adam",
         "Averaged(Muon | AdamW)(decay=0.5) / SGD",
         "ScheduleFree(Muon) / Adam",
         "Muon(nesterov=False, adjust_lr_fn=original, ns_coefficients=(2.0, -1.5, 0.5)) / (Muon | Lion)",
@@ -611,7 +684,7 @@ def test_text_that_is_no_pair_is_refused(text, message):
         (lambda: Muon(norm_decays=0.9), ValueError, "two floats between 0 and 1"),
         (lambda: Muon(smoothing=1.0), ValueError, "from 0 on and below 1"),
         (lambda: ScheduleFree(Muon)(smoothing="x"), ValueError, "from 0 on and below 1"),
-        (lambda: (Muon | Adam)(decayed="SGD"), ValueError, "None, for both, or one of Muon, Adam"),
+        (lambda: (Muon | Adam)(decayed="SGD"), ValueError, "None, for everything, or one of Muon, Adam, matrices"),
         (lambda: Adam(weight_decay=0.1, cautious=True), ValueError, "cautious=True.* give decoupled=True too"),
         (lambda: Muon(ns_coefficients=(1.0, 2.0)), ValueError, "must be three floats"),
         (lambda: Hyper(Muon, learn="momentum", per="coordinate"), ValueError, "cannot learn momentum of Muon, which couples coordinates"),

@@ -55,7 +55,11 @@ class Case:
 
     @property
     def cautious(self) -> bool:
-        return self.decaying == "cautious"
+        return self.decaying in ("cautious", "bounded")
+
+    @property
+    def largest(self) -> float:
+        return 0.8 if self.decaying == "bounded" else math.inf
 
     @property
     def forgets(self) -> bool:
@@ -79,7 +83,7 @@ class Case:
 
 CASES = [
     Case(*case)
-    for case in itertools.product(["given", "gradient", "momentum"], RULES, ["still", "decay", "cautious"], [False, True])
+    for case in itertools.product(["given", "gradient", "momentum"], RULES, ["still", "decay", "cautious", "bounded"], [False, True])
     if case[1] != "averaged untold" or case[3]
 ]
 
@@ -138,7 +142,7 @@ class Weights:
         return self.numbers[self.owner[i]][column].data_ptr() if there else None
 
     def set(self, h: Hypers) -> None:
-        options = [*([FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]), float(self.case.cautious)]
+        options = [*([FORGET, THROUGH] if self.case.forgets else [0.0, 1.0]), float(self.case.cautious), self.case.largest]
         for value, number in zip(self.values, [h.rest1, h.rest2, h.eps, h.beta, h.rest_decay, *options], strict=True):
             value.fill_(number)
 
@@ -224,7 +228,8 @@ class Reference:
         return m_hat / ((v / (1 - (1 - h.rest2) ** t)).sqrt() + h.eps), m, v
 
     def decayed(self, d: Tensor, x: Tensor) -> Tensor:
-        return d + self.decay * (x * ((d >= 0) == (x >= 0)) if self.case.cautious else x)
+        bounded = x.clamp(-self.case.largest, self.case.largest)
+        return d + self.decay * (bounded * ((d >= 0) == (x >= 0)) if self.case.cautious else bounded)
 
     def look(self, g: Tensor, d: Tensor | None, h: Hypers) -> list[Tensor]:
         s = self.decayed(self.direction(g, d, h)[0], self.x(self.place, self.average, self.mix))

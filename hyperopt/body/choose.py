@@ -60,7 +60,8 @@ def parts(
     for p in params:
         record = state[p]
         rule = serving(p)
-        key = (p.device, p.dtype, ranks.share(p), rule.role.direction, float(record["t"]) if "t" in record else 0.0, tuple(record))
+        served = rule.role.direction, rule._subject() > 0
+        key = (p.device, p.dtype, ranks.share(p), *served, float(record["t"]) if "t" in record else 0.0, tuple(record))
         large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
         if elements(p) >= large or not rule.elementwise:
             key = (*key, p)

@@ -1,5 +1,6 @@
 """The body of a node in operations of torch."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,7 +184,8 @@ class Eager:
         if r:
             z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
             if rule._decays():
-                decay = h.lr * rule._decay(h, block.t)
+                decay, most = h.lr * rule._decay(h, block.t), rule._subject()
+                decay = decay if most == math.inf else decay * (block.x.abs() <= most)
                 keep = keep * (1 - (decay * (step * block.x >= 0) if rule.cautious else decay))
             self.arithmetic.displace(block.x, z, step, h.lr, keep, counts)
         else:

@@ -53,6 +53,7 @@ class Value(IntEnum):
     FORGET = 5  # ScheduleFree's forget
     THROUGH = 6  # ScheduleFree's through; null: 1
     CAUTIOUS = 7  # 1: weight decay of elements with d·x ≥ 0 alone
+    LARGEST = 8  # weights decay as if they were no larger
 
 
 def block(elements: int) -> int:

@@ -33,7 +33,7 @@ namespace {
 
 // Columns of `tensors` and indices of `values`; functions.py has the same names in the same order.
 enum Column { X, G, D, M, V, GAP, AVERAGE, ZX, ZA, T, WEIGHT, ZWEIGHT, MIX, LAG, LAG_SIZE, DECAY };
-enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH, CAUTIOUS };
+enum Value { REST1, REST2, EPS, BETA, REST_DECAY, FORGET, THROUGH, CAUTIOUS, LARGEST };
 
 constexpr int SUMS = 6;               // that `look` makes
 constexpr float MEMORY = 0.98f;       // of the mean that says whether an average lags behind, as in schedule_free.py
@@ -126,10 +126,12 @@ struct Scalars {
 // Decoupled weight decay: of every element, or of those whose size the step does not increase. A step with decay has the sign of that
 // without.
 struct Decay {
-    float rate, above;
+    float rate, above, most;
 
-    Decay(const Table& table, int64_t tensor) : rate(table.number(DECAY, tensor)), above(table.value(CAUTIOUS) > 0 ? 0 : -INFINITY) {}
-    float of(float step, float x) const { return step * x >= above ? rate : 0; }
+    Decay(const Table& table, int64_t tensor)
+        : rate(table.number(DECAY, tensor)), above(table.value(CAUTIOUS) > 0 ? 0 : -INFINITY), most(table.value(LARGEST)) {}
+    float of(float step, float x) const { return step * x >= above ? rate * std::max(-most, std::min(x, most)) : 0; }
+    float slope(float step, float x) const { return std::fabs(x) <= most && step * x >= above ? rate : 0; }
 };
 
 // What the averages and tangents of a tensor count at a step.
@@ -182,7 +184,7 @@ template <int KIND, bool DECAYED> inline float step(const Stretch& at, const Ada
     }
     if constexpr (DECAYED) {
         const float x = finite_or_zero(at.x[j]);
-        s += decay.of(s, x) * x;
+        s += decay.of(s, x);
     }
     return s;
 }
@@ -264,7 +266,7 @@ template <int KIND, bool DECAYED, bool TANGENT> void advance(Stretch at, Adam ad
         if constexpr (TANGENT) {
             const float z = by.keep * finite_or_zero(at.zx[j]);
             z1 = z - move;
-            if constexpr (DECAYED) z1 -= by.lr * by.decay.of(s, x) * z;
+            if constexpr (DECAYED) z1 -= by.lr * by.decay.slope(s, x) * z;
         }
         write_moments<KIND>(at, j, m1, v1);
         if constexpr (TANGENT) at.zx[j] = z1;
@@ -287,7 +289,7 @@ template <bool FREE, int TANGENTS> void follow(Stretch at, Mix by, int64_t from,
     const float left = 1 - by.share;
 #pragma omp simd
     for (int64_t j = from; j < to; j++) {
-        const float s = steps[j - from], x = at.x[j], move = by.lr * s, decayed = by.lr * by.decay.of(s, x);
+        const float s = steps[j - from], x = at.x[j], move = by.lr * s, decayed = by.lr * by.decay.slope(s, x);
         float z1, za1;
         if constexpr (FREE) {
             const float gap = at.gap[j], moved = gap - move, gap1 = left * moved;

@@ -71,7 +71,7 @@ class Composed(Rule):
     def _inner_state(self, state: State) -> State:
         return {key: value for key, value in state.items() if key not in self.own}
 
-    def _subject(self) -> bool:
+    def _subject(self) -> float:
         return self.inner._subject()
 
     def _decay(self, h: Values, t: Tensor) -> Tensor:
