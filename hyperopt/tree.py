@@ -15,6 +15,7 @@ from .body.part import EAGER, Part
 from .body.shards import Ranks
 from .domains import Interval, Positive
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
+from .horizons import gamma
 from .hyperparameter import Hyperparameter, Hyperparameters
 from .optimizable import Optimizable
 from .rule import Rule
@@ -79,7 +80,8 @@ class Tree:
         vectors = [(names, node.body.buffers[0].tensors[0]) for names, node in nodes]
         hypers = Hyperparameters(own, vectors, constant=level > 0 and self.compile)
         domains = {name: own[name].domain for names, _ in nodes for name in names}
-        tangents = Tangents(rule, domains, gamma(spec.horizon), coupled=spec.project is not None)
+        gammas = {name: gamma(spec.horizon_of(name)) for name in domains}
+        tangents = Tangents(rule, domains, gammas, coupled=spec.project is not None)
         trust = spec.trust_at(level)
         graph = spec.strategy == "graph"
         ranks = Ranks(() if level else self.params)
@@ -158,11 +160,6 @@ def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, st
 def label(level: int, branch: str) -> str:
     """The label of a node."""
     return f"{level}[{branch}]" if branch else str(level)
-
-
-def gamma(horizon: float) -> float:
-    """γ = 1 − 1/horizon, by which tangents are multiplied at every step."""
-    return 1.0 - 1.0 / horizon if horizon < math.inf else 1.0
 
 
 def with_zeros(rule: Rule, zeros: Collection[str]) -> Rule:

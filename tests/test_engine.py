@@ -110,10 +110,11 @@ TOWERS = [
     "ScheduleFree(Adam) / Adam",
     'Adam(per="tensor") / Adam',
     "Adam",
+    "Adam(learn=(lr, beta1, eps), horizon={lr: 10, beta1: 1, eps: 3}) / Adam",
 ]
 
 
-@pytest.mark.parametrize(("text", "backend"), [*zip(TOWERS, (TRACE, GRAPH, TRACE, GRAPH, TRACE, TRACE), strict=True)])
+@pytest.mark.parametrize(("text", "backend"), [*zip(TOWERS, (TRACE, GRAPH, TRACE, GRAPH, TRACE, TRACE, GRAPH), strict=True)])
 @pytest.mark.usefixtures("generic")
 def test_stage_by_stage(text, backend, monkeypatch):
     """As models with many large tensors are compiled: each stage once for all chunks that look alike."""

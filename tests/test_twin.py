@@ -54,6 +54,16 @@ CASES = {
     "no trust": Case(lambda o: o.Hyper(o.Adam, lr=0.01, trust=None).stack(o.SGD)),
     "horizon 1": Case(lambda o: o.Hyper(o.SGD, lr=0.01, momentum=0.9, learn=("lr", "momentum"), horizon=1).stack(o.Adam, eps=1e-4)),
     "horizon 10": Case(lambda o: o.Hyper(o.Adam, lr=0.01, learn=("lr", "beta1"), horizon=10).stack(o.Adam, eps=1e-4)),
+    "horizons": Case(
+        lambda o: o.Hyper(o.Adam, lr=0.01, eps=0.1, learn=("lr", "beta1", "eps"), horizon={"lr": 10, "beta1": 3}).stack(o.Adam, eps=1e-4)
+    ),
+    "horizons above": Case(
+        lambda o: (
+            o.Hyper(o.SGD, lr=0.01, momentum=0.9, learn=("lr", "momentum"))
+            .stack(o.Adam, eps=1e-4, learn=("lr", "beta2"), horizon={"lr": 5})
+            .stack(o.Adam, eps=1e-4)
+        )
+    ),
     "horizon inf": Case(lambda o: o.Hyper(o.Adam, lr=0.01, horizon=math.inf).stack(o.Adam, horizon=math.inf).stack(o.Adam)),
     # The logit of momentum is thrown from one end of what float64 can hold to the other.
     "range": Case(lambda o: o.Hyper(o.SGD, lr=0.02, momentum=0.3, learn=("momentum",), trust=None).stack(o.SGD, lr=1e5, trust=None)),
@@ -159,6 +169,10 @@ CASES = {
     ),
     "held out at the average": Case(
         lambda o: o.Hyper(o.Averaged(o.Adam), lr=0.01, learn=("lr", "decay")).stack(o.Adam, lr=0.02),
+        held_out=lambda step: [(True, 1.0)] if step else [],
+    ),
+    "held out at the average, at horizon 1": Case(
+        lambda o: o.Hyper(o.Averaged(o.Adam), lr=0.01, learn=("lr", "beta1", "decay"), horizon=1).stack(o.Adam, lr=0.02, eps=1e-4),
         held_out=lambda step: [(True, 1.0)] if step else [],
     ),
     "held out at ScheduleFree's average": Case(
@@ -318,7 +332,9 @@ ERRORS = {
     "Forget: power 3.9": ("forget", twin.Forget, "power", 3.9),
     "Forget: band 1.1": ("forget", twin.Forget, "band", 1.1),
     "domains: raw values run on": ("range", twin.Node, "__init__", but(twin.Node.__init__, range=(-math.inf, math.inf))),
-    "Z: another horizon": ("horizon 10", twin.Node, "γ", 0.901),
+    "Z: another horizon": ("horizon 10", twin.Node, "γ", lambda self, name: 0.901),
+    "Z: one horizon for all": ("horizons", twin.Node, "γ", lambda self, name: 0.9),
+    "Z: whatever the rule declares": ("horizons above", twin.SGD, "horizons", {}),
     "Z: kept though q is not finite": ("hypergradient not finite", twin.Node, "learn", lambda self, q: (learn(self, q)[0], {})),
     "q: through y": ("ScheduleFree", twin.ScheduleFree, "pulled", twin.Rule.pulled),
     "q: without beta1": ("ScheduleFree, beta1", twin.ScheduleFree, "pulled", lambda self, Z, s: Z["a"]),

@@ -154,7 +154,8 @@ class Eager:
         """Take the step at `r`: `sound` is 0. for tangents that start again, `keep` a factor on those of lr."""
         kept: Raw = {}
         for name in r:
-            kept[name] = sound[name] * self.tangents.gamma if name in sound else torch.full_like(ok, self.tangents.gamma)
+            gamma = self.tangents.gamma[name]
+            kept[name] = sound[name] * gamma if name in sound else torch.full_like(ok, gamma)
         if keep is not None:
             kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
