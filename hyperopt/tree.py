@@ -13,7 +13,7 @@ from .body.buffers import Buffer
 from .body.graph import Graph
 from .body.part import EAGER, Part
 from .body.shards import Ranks
-from .domains import Interval, Positive
+from .domains import Domain, Interval, Positive, Real
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
 from .horizons import gamma
 from .hyperparameter import Hyperparameter, Hyperparameters
@@ -110,7 +110,7 @@ class Tree:
         if trust is None:
             return []
         guards: list[Guard] = []
-        paced = [name for name, domain in domains.items() if name != "lr" and isinstance(domain, Interval)]
+        paced = [name for name, domain in domains.items() if (not isinstance(domain, Real) if level else is_decay(name, domain))]
         if paced:
             guards.append(Pace(paced))
         if "lr" not in domains:
@@ -155,6 +155,11 @@ def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, st
     """The levels directly above one that stands on `branch`: what each of them learns, and the branch that it stands on."""
     for names, upper in spec.above.items():
         yield names, upper, ".".join(filter(None, [branch, names[0]])) if spec.is_tree() else branch
+
+
+def is_decay(name: str, domain: Domain) -> bool:
+    """Whether a hyperparameter is the decay of an average, or lives in an interval as they do."""
+    return name != "lr" and isinstance(domain, Interval)
 
 
 def label(level: int, branch: str) -> str:

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch.autograd import forward_ad
 
-from hyperopt.domains import Interval, Positive, UnitInterval
+from hyperopt.domains import Interval, Positive, Real, UnitInterval
 
 with warnings.catch_warnings():  # torch imports this with the first dual number, and warns of a deprecation of its own
     warnings.simplefilter("ignore")
@@ -272,15 +272,18 @@ class Climb(Guard):
 
 
 class Pace(Guard):
-    """A decay's logit moves by no more than .005 a step, as what it does shows only after the steps that it averages over."""
+    """A decay's logit moves by no more than .005 a step, as what it does shows only after the steps that it averages over.
+
+    So does every raw value above level 0, where hypergradients of one step and the next are made of the same past and agree.
+    """
 
     most = 0.005
 
-    def __init__(self, decays):
-        self.decays = decays
+    def __init__(self, names):
+        self.names = names
 
     def moved(self, before, r, q):
-        return r | {n: r[n].clamp(before[n] - self.most, before[n] + self.most) for n in self.decays}
+        return r | {n: r[n].clamp(before[n] - self.most, before[n] + self.most) for n in self.names}
 
 
 class Trust(Guard):
@@ -536,7 +539,8 @@ class Hyper:
         trust, domain = self.trust_at(level), self.domain("lr")
         if trust is None or not self.above:
             return []
-        guards = [Pace([n for n in self.learn if n != "lr" and isinstance(self.domain(n), Interval)])]
+        decays = [n for n in self.learn if n != "lr" and isinstance(self.domain(n), Interval)]
+        guards = [Pace([n for n in self.learn if not isinstance(self.domain(n), Real)] if level else decays)]
         if "lr" in self.learn and level == 0 and domain == Positive():
             guards.append(Climb(trust, trust_above))
         if "lr" in self.learn:

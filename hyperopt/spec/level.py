@@ -15,8 +15,8 @@ from ..rule import Rule
 from ..tangents import read_by_direction
 from .arguments import PER, STRATEGIES, as_rule, check_domains, named
 
-# Largest change of a raw hyperparameter per step above level 0. Where level 1 learns its own lr too, 0.1 does better: on MNIST validation
-# data Adam / Adam / Adam ends at 2.9 % with 0.1 and at 4.3 % with 0.5, which lets the lr of level 0 jump. At height 1 they are equal.
+# Largest change of a raw hyperparameter per step above level 0. Of the lr of the weights; what is learned above them moves at a pace of its
+# own, see `guards.Pace`.
 TRUST_ABOVE = 0.5
 HIGHEST, DEEPEST = 1000, 150  # height of a tower, and branches on branches, whose text Python's parser still reads
 MOST = 10_000  # levels that are printed or bound, where branches that share levels are written out
