@@ -74,15 +74,20 @@ class Climb(Guard):
 
 
 class Pace(Guard):
-    """The raw value of a decay moves by no more than 0.005 in a step.
+    """The raw value of a decay, and above level 0 that of every hyperparameter, moves by no more than 0.005 in a step.
 
     What a decay does shows only after the steps that it averages over: at the pace of lr, 0.1 a step under Adam, it passes its good values
     before they show.
 
+    Above level 0 the same evidence comes back step after step, as the hypergradient of an lr answers for 1,000 steps: successive ones
+    agree, whatever the level above has done in the meantime, and say that its steps should have been larger.
+
     Args:
-        names: of the decays.
+        names: of the hyperparameters.
     """
 
+    # In 700 steps of MNIST the lr of level 1 in Adam / Adam / Adam rises from .1 to 4.6 without this: validation error 3.51 %, and 3.30 %
+    # at height 3. With it 2.63 and 2.64 %, where height 1 has 2.75 % (three seeds); with .002 both are 2.62 % (two seeds).
     LIMIT = 0.005
 
     def __init__(self, names: Sequence[str]) -> None:

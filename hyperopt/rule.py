@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,55 +12,44 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from . import horizons
 from .domains import Domain
 from .roles import Role
+from .values import Values
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Declared:
-    """How a rule declares one hyperparameter: default value, domain, and the default used above level 0."""
+    """How a rule declares one hyperparameter: default value, domain, the default used above level 0, and the default horizon."""
 
     default: float
     domain: Domain
     above: float
+    horizon: float | None  # None: that of the rule
 
 
-def hyper(default: float, domain: Domain, *, above: float | None = None) -> Any:
+def hyper(default: float, domain: Domain, *, above: float | None = None, horizon: float | None = None) -> Any:
     """Declare a hyperparameter as a dataclass field of a rule.
 
     Args:
         default: the value if the user gives none.
         domain: the set in which the hyperparameter lives, and the space in which it is learned.
         above: the default above level 0, where the rule moves raw hyperparameters and not weights; `default` if None.
+        horizon: the number of past steps that it is held responsible for, from 1 to math.inf; that of the rule, `Rule.horizon`, if None.
+            The effect of lr on the weights stays for ever; that of a decay shows within the steps that it averages over.
+
+    Raises:
+        ValueError: a horizon below 1.
+
+    >>> from hyperopt import UnitInterval, hyper
+    >>> beta = hyper(0.9, UnitInterval(), horizon=1)
     """
-    return field(default=default, metadata={"hyper": Declared(default, domain, default if above is None else above)})
-
-
-class Values:
-    """The hyperparameters of one update as attributes, and 1 − value without cancellation.
-
-    Args:
-        values: the value of every hyperparameter, by name: 0-d, or one for each coordinate.
-        complement: returns 1 − value of the hyperparameter that it is given by name.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor], complement: Callable[[str], Tensor]) -> None:
-        self.__dict__.update(values)
-        self._complement = complement
-
-    def __getattr__(self, name: str) -> Tensor:
-        known = ", ".join(key for key in self.__dict__ if not key.startswith("_"))
-        raise AttributeError(f"this rule declares no hyperparameter {name!r}: it has {known}")
-
-    def one_minus(self, name: str) -> Tensor:
-        """1 − value, exact also where the value is within rounding of 1."""
-        return self._complement(name)
-
-    def one_minus_power(self, name: str, t: Tensor) -> Tensor:
-        """1 − value**t, the bias of an exponential average after t steps."""
-        return -torch.expm1(t * torch.log1p(-self._complement(name)))
+    if horizon is not None:
+        horizons.check("hyper(horizon)", horizon)
+    declared = Declared(default, domain, default if above is None else above, horizon)
+    return field(default=default, metadata={"hyper": declared})
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ class Rule(ABC):
 
     elementwise: ClassVar[bool] = True  # the update of a coordinate depends on that coordinate alone
     trust: ClassVar[float] = 0.03  # default at level 0; of .02 to .1 the flattest over initial lrs on MNIST validation data
-    horizon: ClassVar[float] = 1000.0  # default, for how many past steps hyperparameters are held responsible
+    horizon: ClassVar[float] = 1000.0  # for how many past steps a hyperparameter is held responsible that declares no horizon of its own
     first_moment: ClassVar[tuple[str, ...]] = ()  # the hyperparameters that average gradients; at 0 they do not
     averages: ClassVar[bool] = False  # the weights to evaluate with are an average: the state "average", or see `gapped`
     # lr moves not x but x + mix·gap, and the average is x − (1 − mix)·gap, with a state "gap" between the two and a number "mix". They are

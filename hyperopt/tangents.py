@@ -21,7 +21,7 @@ DUALS = threading.RLock()  # torch has one level of dual numbers for all threads
 
 
 class Tangents:
-    """(Z', S') = the derivative of the update at (x, s, r) along (γZ, γS, e), with g held constant.
+    """(Z', S') = the derivative of the update at (x, s, r) along (γZ, γS, e), with g held constant; γ is that of each hyperparameter.
 
     Which part of the update has to be differentiated depends on one question: does the direction depend on what is learned? If it does
     not (lr alone; beta1 of an average), it is computed once, and only what follows from it is differentiated; in closed form where
@@ -32,12 +32,12 @@ class Tangents:
     Args:
         rule: whose update it is.
         domains: of the hyperparameters that are learned, by name.
-        gamma: γ = 1 − 1/horizon; at 0 nothing is carried.
+        gamma: γ = 1 − 1/horizon of each of them; for one with γ = 0 nothing is carried.
         coupled: the weights are coupled to one another, as by a feasible set: then the whole update is differentiated.
     """
 
-    def __init__(self, rule: Rule, domains: Mapping[str, Domain], gamma: float, *, coupled: bool = False) -> None:
-        self.names, self.gamma = tuple(domains), gamma
+    def __init__(self, rule: Rule, domains: Mapping[str, Domain], gamma: Mapping[str, float], *, coupled: bool = False) -> None:
+        self.names, self.gamma = tuple(domains), dict(gamma)
         whole = coupled or overrides(rule, "update") or bool(domains and rule._couples())
         self.fixed = not whole and not read_by_direction(rule) & domains.keys()
         self.alone = domains == {"lr": Positive()}  # lr alone is learned, through its logarithm
@@ -71,8 +71,9 @@ class Tangents:
             for x1, s1 in update(duals, {**r, name: _dual(r[name], torch.ones_like(r[name]))}):
                 (x1, z), *rest = [forward_ad.unpack_dual(a) for a in (x1, *s1.values())]
                 news.append((x1, {key: pair.primal for key, pair in zip(s1, rest, strict=True)}))
-                # At horizon 1 nothing is carried, so the tangents of the state need not be kept.
-                found = {"x": z, **({key: pair.tangent for key, pair in zip(s1, rest, strict=True)} if self.gamma else {})}
+                # At horizon 1 nothing is carried: of the state, only a loss at the average asks for a tangent.
+                kept = {key: pair.tangent for key, pair in zip(s1, rest, strict=True) if self.gamma[name] or key == "average"}
+                found = {"x": z, **kept}
                 tangents.append({key: tangent for key, tangent in found.items() if tangent is not None})
         return news, tangents
 

@@ -13,8 +13,9 @@ from .body.buffers import Buffer
 from .body.graph import Graph
 from .body.part import EAGER, Part
 from .body.shards import Ranks
-from .domains import Interval, Positive
+from .domains import Domain, Interval, Positive, Real
 from .guards import Climb, Forget, Guard, Guards, Pace, Trust
+from .horizons import gamma
 from .hyperparameter import Hyperparameter, Hyperparameters
 from .optimizable import Optimizable
 from .rule import Rule
@@ -79,7 +80,8 @@ class Tree:
         vectors = [(names, node.body.buffers[0].tensors[0]) for names, node in nodes]
         hypers = Hyperparameters(own, vectors, constant=level > 0 and self.compile)
         domains = {name: own[name].domain for names, _ in nodes for name in names}
-        tangents = Tangents(rule, domains, gamma(spec.horizon), coupled=spec.project is not None)
+        gammas = {name: gamma(spec.horizon_of(name)) for name in domains}
+        tangents = Tangents(rule, domains, gammas, coupled=spec.project is not None)
         trust = spec.trust_at(level)
         graph = spec.strategy == "graph"
         ranks = Ranks(() if level else self.params)
@@ -108,7 +110,7 @@ class Tree:
         if trust is None:
             return []
         guards: list[Guard] = []
-        paced = [name for name, domain in domains.items() if name != "lr" and isinstance(domain, Interval)]
+        paced = [name for name, domain in domains.items() if (not isinstance(domain, Real) if level else is_decay(name, domain))]
         if paced:
             guards.append(Pace(paced))
         if "lr" not in domains:
@@ -155,14 +157,14 @@ def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, st
         yield names, upper, ".".join(filter(None, [branch, names[0]])) if spec.is_tree() else branch
 
 
+def is_decay(name: str, domain: Domain) -> bool:
+    """Whether a hyperparameter is the decay of an average, or lives in an interval as they do."""
+    return name != "lr" and isinstance(domain, Interval)
+
+
 def label(level: int, branch: str) -> str:
     """The label of a node."""
     return f"{level}[{branch}]" if branch else str(level)
-
-
-def gamma(horizon: float) -> float:
-    """γ = 1 − 1/horizon, by which tangents are multiplied at every step."""
-    return 1.0 - 1.0 / horizon if horizon < math.inf else 1.0
 
 
 def with_zeros(rule: Rule, zeros: Collection[str]) -> Rule:

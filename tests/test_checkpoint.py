@@ -102,6 +102,22 @@ def test_named_parameters_go_on_bit_for_bit_in_any_order(tower, order):
     assert_goes_on(model, optimizer, last, third, range(9, 11))
 
 
+def test_a_checkpoint_belongs_to_the_horizons_it_was_written_with():
+    """Of a tower with one horizon for all, as every level had before, and with one for each."""
+    learn = ("lr", "beta1")
+    one, each = (Hyper(Adam, learn=learn, horizon=horizon).stack(Adam) for horizon in (1000, {"beta1": 5}))
+    for tower, other in ((one, each), (each, one), (one, Hyper(Adam, learn=learn).stack(Adam))):
+        model, optimizer = bound(tower, SAME)
+        train(model, optimizer, range(5))
+        saved = through_a_file(optimizer.state_dict())
+        with pytest.raises(ValueError, match=r"the checkpoint is of another tower: .*horizon"):
+            bound(other, SAME)[1].load_state_dict(saved)
+        fresh, again = bound(tower, SAME)
+        fresh.load_state_dict(model.state_dict())
+        again.load_state_dict(saved)
+        assert_goes_on(model, optimizer, fresh, again)
+
+
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("tower", [TOWERS[1], TOWERS[4]], ids=str)
 def test_groups_are_matched_by_the_names_in_them(tower, order):

@@ -111,11 +111,12 @@ TOWERS = [
     "ScheduleFree(Adam) / Adam",
     'Adam(per="tensor") / Adam',
     "Adam",
+    "Adam(learn=(lr, beta1, eps), horizon={lr: 10, beta1: 1, eps: 3}) / Adam",
 ]
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize(("text", "backend"), [*zip(TOWERS, (TRACE, GRAPH, TRACE, GRAPH, TRACE, TRACE), strict=True)])
+@pytest.mark.parametrize(("text", "backend"), [*zip(TOWERS, (TRACE, GRAPH, TRACE, GRAPH, TRACE, TRACE, GRAPH), strict=True)])
 @pytest.mark.usefixtures("generic")
 def test_stage_by_stage(text, backend, monkeypatch):
     """As models with many large tensors are compiled: each stage once for all chunks that look alike."""
@@ -258,7 +259,7 @@ def test_two_optimizers_do_not_run_each_others_code(whole, monkeypatch):
         assert_equal(eager, fused, torch.float32)
 
 
-# Kernels alone mind how memory lies, and ten of them take a minute. Stage by stage the code is found by the same key, and traced for as long.
+# Kernels alone mind how memory lies, and ten of them take a minute. Stage by stage the same is traced for as long.
 @pytest.mark.parametrize(
     ("whole", "backend"), [(3, TRACE), pytest.param(3, KERNELS, marks=pytest.mark.slow), pytest.param(0, TRACE, marks=pytest.mark.slow)]
 )

@@ -17,10 +17,10 @@ from hyperopt.rule import Rule
 from hyperopt.spec.level import TRUST_ABOVE
 
 CHAIN = Hyper(Adam, lr=1e-3).stack(Adam).stack(SGD)
-ALL = Hyper(Adam, lr=1e-3, learn="all").stack(Adam)
+ALL = Hyper(Adam, lr=1e-3, learn="all", horizon=10).stack(Adam)
 TREE = Hyper(Adam, lr=1e-3).stack(lr=Hyper(Adam).stack(SGD), beta1=Hyper(SGD, lr=0.1))
 GRAPH = Hyper(Adam, lr=1e-3, horizon=1, strategy="graph").stack(Hyper(SGD, lr=0.1, horizon=1, strategy="graph").stack(SGD))
-MIXED = Hyper(SGD, lr=1e-3, momentum=0.9, learn="all").stack(Adam)
+MIXED = Hyper(SGD, lr=1e-3, momentum=0.9, learn="all", horizon=10).stack(Adam)
 TOWERS = {"height 0": Hyper(Adam), "chain": CHAIN, "all": ALL, "tree": TREE, "graph": GRAPH, "momentum": MIXED}
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -797,6 +797,23 @@ def test_decays_go_at_their_own_pace(above, trust):
     decays, others = (max(column) for column in zip(*moves, strict=True))
     assert decays == pytest.approx(Pace.LIMIT) if trust else decays > 10 * Pace.LIMIT
     assert others > 10 * Pace.LIMIT
+
+
+@pytest.mark.parametrize("trust", [0.5, None])
+def test_what_a_level_above_learns_goes_at_that_pace_too(trust):
+    """lr and eps of level 1; the lr of the weights goes on at the pace of level 1."""
+    spec = Hyper(Adam, lr=1e-3).stack(Adam, lr=0.2, eps=1e-3, learn=("lr", "eps"), trust=trust).stack(Adam)
+    model, optimizer = bound(spec, torch.float64)
+    moves = []
+    for at in range(8):
+        before = optimizer.hyperparameters()
+        train(model, optimizer, range(at, at + 1))
+        after = optimizer.hyperparameters()
+        moves.append([abs(float((after[name] / before[name]).log())) for name in ("0.lr", "1.lr", "1.eps")])
+    of_weights, *above = (max(column) for column in zip(*moves, strict=True))
+    assert of_weights > 10 * Pace.LIMIT
+    for move in above:
+        assert move == pytest.approx(Pace.LIMIT) if trust else move > 10 * Pace.LIMIT
 
 
 def test_a_copy_of_a_guarded_run_is_guarded():

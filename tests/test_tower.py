@@ -12,7 +12,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hyperopt import SGD, Adam, AdamW, AdaShift, Ball, Box, Hyper, Interval, Positive, Real, Rule, ScheduleFree, UnitInterval, hyper
+from hyperopt import (
+    ADOPT,
+    SGD,
+    Adam,
+    AdamW,
+    AdaShift,
+    Averaged,
+    Ball,
+    Box,
+    Hyper,
+    Interval,
+    Muon,
+    Positive,
+    Real,
+    Rule,
+    ScheduleFree,
+    UnitInterval,
+    hyper,
+)
 from hyperopt.feasible import Feasible
 from hyperopt.spec import arguments, level
 from hyperopt.spec.text import read_set
@@ -103,12 +121,65 @@ def test_default_step_sizes_above_level_0():
 def test_default_trust_and_horizon():
     chain = Hyper(Adam).stack(SGD)
     (above,) = chain.above.values()
-    assert (chain.horizon, chain.trust_at(0), above.trust_at(1)) == (1000, 0.03, level.TRUST_ABOVE)
+    assert (chain.horizon_of("lr"), chain.trust_at(0), above.trust_at(1)) == (1000, 0.03, level.TRUST_ABOVE)
     assert Hyper(Adam, trust=None).trust_at(0) is None
     averaging = Hyper(ScheduleFree(Adam))
-    assert (averaging.horizon, averaging.trust_at(0), averaging.trust_at(1)) == (500, 0.1, level.TRUST_ABOVE)
+    assert (averaging.horizon_of("lr"), averaging.trust_at(0), averaging.trust_at(1)) == (500, 0.1, level.TRUST_ABOVE)
     assert str(Hyper(ScheduleFree(Adam), horizon=1000)) == "ScheduleFree(Adam)(horizon=1000)"
-    assert str(Hyper(ScheduleFree(Adam), horizon=500)) == "ScheduleFree(Adam)"
+
+
+def horizons(tower: Hyper) -> dict[str, float]:
+    return {name: tower.horizon_of(name) for name in tower.rule.declared()}
+
+
+def test_a_horizon_for_each_hyperparameter():
+    """What the user gives wins over what the rule declares, and that over the default of the rule's class."""
+    adam = {"lr": 1000, "beta1": 1, "beta2": 1, "eps": 1000, "weight_decay": 1000}
+    assert horizons(Hyper(Adam)) == adam
+    assert horizons(Hyper(Adam, horizon=30)) == dict.fromkeys(adam, 30)
+    given = Hyper(Adam, learn=("lr", "beta1"), horizon={"beta1": np.float64(5.0)})
+    assert horizons(given) == adam | {"beta1": 5}
+    assert str(given) == "Adam(learn=(lr, beta1), horizon={beta1: 5.0})"
+    # Once more above level 0, and for each of the branches of a tree.
+    chain = (
+        Hyper(Adam)
+        .stack(Adam, learn="all", horizon={"beta1": 3})
+        .stack(lr=SGD, beta1=Hyper(Adam, learn="beta2", horizon={"beta2": 9}).stack(SGD))
+    )
+    (upper,) = chain.above.values()
+    assert (horizons(upper), horizons(upper.above["beta1",])["beta2"]) == (adam | {"beta1": 3}, 9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "declared"),
+    [
+        (ScheduleFree(Adam), {"lr": 500, "beta1": 500, "beta2": 1, "eps": 500}),
+        (ScheduleFree(SGD), {"lr": 500, "beta1": 500}),
+        (Averaged(Adam), {"lr": 1000, "beta1": 1, "decay": 1000}),
+        (Averaged(SGD), {"momentum": 1}),
+        (Muon | Adam, {"lr": 1000, "momentum": 1, "beta1": 1, "beta2": 1, "weight_decay": 1000}),
+        (ScheduleFree(Muon | Adam), {"lr": 500, "beta1": 500, "beta2": 1}),
+        (ADOPT, {"beta1": 1, "beta2": 10}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_composition_has_the_horizons_of_its_parts(rule, declared):
+    found = horizons(Hyper(rule))
+    assert {name: found[name] for name in declared} == declared
+
+
+def test_a_rule_declares_a_horizon_of_at_least_one_step():
+    with pytest.raises(ValueError, match=r"hyper\(horizon\) = 0.5 is outside \[1, inf\]: give a number of steps"):
+        hyper(0.9, UnitInterval(), horizon=0.5)
+
+
+def test_the_structure_says_one_horizon_where_all_are_equal():
+    """Checkpoints that were written when a level had one horizon go on to be read."""
+    for tower in (Hyper(Adam).stack(Adam), Hyper(Adam, learn="all", horizon=1000).stack(Adam)):
+        assert tower.structure().count("horizon 1000; learned: lr") == 1
+        assert "horizon 1000; learned: nothing" in tower.structure()
+    mixed = Hyper(Adam, learn=("lr", "beta1")).stack(Adam)
+    assert "horizon 1000 of lr, 1 of beta1; learned" in mixed.structure()
 
 
 def test_a_tower_is_immutable_and_reusable():
@@ -156,7 +227,7 @@ def facts(node: Hyper, level: int = 0) -> list:
     """Everything that decides what a tower does."""
     above = {names: facts(upper, level + 1) for names, upper in node.above.items()}
     learned = (node.learned, {n: node.domain(n) for n in node.rule.declared()}) if node.above or node.learn is not None else None
-    options = (node.horizon, node.trust_at(level), node.per, node.strategy, node.maximize, node.domains)
+    options = (node.horizon, horizons(node), node.trust_at(level), node.per, node.strategy, node.maximize, node.domains)
     return [node.rule_at(level), learned, options, above]
 
 
@@ -168,6 +239,7 @@ TEXTS = [
     "Adam(weight_decay=0.01, decoupled=True, bias_correction=False)",
     "Adam(horizon=inf, trust=None) / SGD(trust=0.1)",
     "Adam(horizon=1) / SGD(horizon=2.5)",
+    "Adam(horizon={lr: inf, beta1: 3}) / {lr: SGD, beta1: Adam(learn=(eps,), horizon={eps: 1.5}) / SGD}",
     "Adam(learn=all) / SGD",
     "Adam(learn=(lr, beta1)) / SGD(lr={lr: 1e-05, beta1: 0.0001})",
     "Adam(learn=(beta1,)) / SGD",
@@ -225,7 +297,7 @@ def towers(draw, level=0):
     rule = draw(st.sampled_from([Adam, SGD]))
     keywords = draw(st.fixed_dictionaries({}, optional=VALUES[rule]))
     options = {
-        "horizon": st.sampled_from([1, 2.5, 1000, math.inf]),
+        "horizon": st.sampled_from([1, 2.5, 1000, math.inf, "default"]),
         "trust": st.one_of(st.none(), st.floats(1e-4, 1)),
         "per": st.sampled_from(arguments.PER),
         "strategy": st.just("tangents"),
@@ -364,6 +436,17 @@ VALUE_ERRORS = [
     (lambda: Hyper(SGD, learn="all", lr=0.0).stack(SGD), "nothing can be stacked on SGD: learn='all' leaves no hyperparameter"),
     (lambda: Hyper(SGD, learn=()).stack(SGD), "nothing can be stacked on SGD"),
     (lambda: Hyper(SGD, horizon=0.5), r"horizon = 0.5 is outside \[1, inf\]: give a number of steps"),
+    (lambda: Hyper(SGD, horizon={"lr": 0.5}), r"horizon\['lr'\] = 0.5 is outside \[1, inf\]: give a number of steps"),
+    (lambda: Hyper(SGD, horizon={"lr": "long"}), r"horizon\['lr'\] = 'long' is outside \[1, inf\]"),
+    (lambda: Hyper(SGD, horizon={"beta1": 1}), "horizon names 'beta1', which SGD does not have: it has lr, momentum"),
+    (
+        lambda: Hyper(SGD, momentum=0.9, learn="lr", horizon={"momentum": 1}),
+        r"horizon names 'momentum' of SGD, which is not learned \(lr is\): add 'momentum' to learn, or leave it out of horizon",
+    ),
+    (lambda: Hyper(SGD, momentum=0.9, horizon={"momentum": 1}).stack(SGD), "horizon names 'momentum' of SGD, which is not learned"),
+    (lambda: Hyper.parse("SGD(horizon={momentum: 1}) / SGD"), "horizon names 'momentum' of SGD, which is not learned"),
+    (lambda: Hyper(Adam, strategy="graph", learn=("lr", "beta1"), horizon={"beta1": 1}), r"'graph' .*learn lr from, got horizon = 1000.0"),
+    (lambda: Hyper(Adam, strategy="graph", horizon={"lr": 1}).stack(lr=SGD, eps=SGD), "'graph' .*learn eps from, got horizon = 1000.0"),
     (lambda: Hyper(SGD, horizon=math.nan), r"horizon = nan is outside \[1, inf\]"),
     (lambda: Hyper(SGD, horizon="long"), r"horizon = 'long' is outside \[1, inf\]"),
     (lambda: Hyper(SGD).stack(SGD, horizon=0), r"horizon = 0 is outside \[1, inf\]"),

@@ -54,9 +54,21 @@ CASES = {
     "no trust": Case(lambda o: o.Hyper(o.Adam, lr=0.01, trust=None).stack(o.SGD)),
     "horizon 1": Case(lambda o: o.Hyper(o.SGD, lr=0.01, momentum=0.9, learn=("lr", "momentum"), horizon=1).stack(o.Adam, eps=1e-4)),
     "horizon 10": Case(lambda o: o.Hyper(o.Adam, lr=0.01, learn=("lr", "beta1"), horizon=10).stack(o.Adam, eps=1e-4)),
+    "horizons": Case(
+        lambda o: o.Hyper(o.Adam, lr=0.01, eps=0.1, learn=("lr", "beta1", "eps"), horizon={"lr": 10, "beta1": 3}).stack(o.Adam, eps=1e-4)
+    ),
+    "horizons above": Case(
+        lambda o: (
+            o.Hyper(o.SGD, lr=0.01, momentum=0.9, learn=("lr", "momentum"))
+            .stack(o.Adam, eps=1e-4, learn=("lr", "beta2"), horizon={"lr": 5})
+            .stack(o.Adam, eps=1e-4)
+        )
+    ),
     "horizon inf": Case(lambda o: o.Hyper(o.Adam, lr=0.01, horizon=math.inf).stack(o.Adam, horizon=math.inf).stack(o.Adam)),
     # The logit of momentum is thrown from one end of what float64 can hold to the other.
-    "range": Case(lambda o: o.Hyper(o.SGD, lr=0.02, momentum=0.3, learn=("momentum",), trust=None).stack(o.SGD, lr=1e5, trust=None)),
+    "range": Case(
+        lambda o: o.Hyper(o.SGD, lr=0.02, momentum=0.3, learn=("momentum",), horizon=1000, trust=None).stack(o.SGD, lr=1e5, trust=None)
+    ),
     # ---- guards
     "climb from 1e-6": Case(lambda o: o.Hyper(o.Adam, lr=1e-6).stack(o.Adam)),
     "climb from 1e-8": Case(lambda o: o.Hyper(o.Adam, lr=1e-8).stack(o.Adam, lr=0.2)),
@@ -71,6 +83,8 @@ CASES = {
     "forget": Case(lambda o: o.Hyper(o.SGD, lr=0.9, trust=2.0).stack(o.Adam, lr=0.3)),
     "pace": Case(lambda o: o.Hyper(o.Adam, lr=0.01, learn=("lr", "beta1", "beta2")).stack(o.Adam, lr=1.0, eps=1e-4)),
     "pace of decays alone": Case(lambda o: o.Hyper(o.Adam, lr=0.01, eps=0.1, learn=("beta1", "eps")).stack(o.Adam, lr=0.3, eps=1e-4)),
+    "pace above": Case(lambda o: o.Hyper(o.Adam, lr=0.01).stack(o.Adam, lr=0.05, learn=("lr", "eps"), eps=0.1).stack(o.Adam, eps=1e-4)),
+    "pace above, real": Case(lambda o: o.Hyper(o.Adam, lr=0.01).stack(o.Adam, lr=0.05, domains={"lr": Real()}).stack(o.Adam, lr=0.02)),
     "trust above, lr learned": Case(lambda o: o.Hyper(o.Adam, lr=0.01).stack(o.Adam, lr=2.0).stack(o.Adam)),
     "trust above, lr held": Case(lambda o: o.Hyper(o.Adam, lr=0.01).stack(o.Adam, lr=2.0, trust=0.3)),
     "trust above, beta1 learned": Case(
@@ -159,6 +173,10 @@ CASES = {
     ),
     "held out at the average": Case(
         lambda o: o.Hyper(o.Averaged(o.Adam), lr=0.01, learn=("lr", "decay")).stack(o.Adam, lr=0.02),
+        held_out=lambda step: [(True, 1.0)] if step else [],
+    ),
+    "held out at the average, at horizon 1": Case(
+        lambda o: o.Hyper(o.Averaged(o.Adam), lr=0.01, learn=("lr", "beta1", "decay"), horizon=1).stack(o.Adam, lr=0.02, eps=1e-4),
         held_out=lambda step: [(True, 1.0)] if step else [],
     ),
     "held out at ScheduleFree's average": Case(
@@ -294,6 +312,10 @@ def through_the_average(self, active, of=None):
     return pull(self, active, "a" if "a" in self.parts[0].s else of)
 
 
+def paces_betas(self, names):
+    self.names = [name for name in names if name.startswith("beta")]
+
+
 pull, learn = twin.Node.pull, twin.Node.learn
 # An error in the twin, by what it is: the case that notices, and what is replaced by what.
 ERRORS = {
@@ -309,6 +331,8 @@ ERRORS = {
     ),
     "Pace: .0051": ("pace", twin.Pace, "most", 0.0051),
     "Pace: of eps as well": ("pace of decays alone", twin, "Interval", object),
+    "Pace: of decays alone": ("pace above", twin.Pace, "__init__", paces_betas),
+    "Pace: of a real lr above": ("pace above, real", twin, "Real", twin.Ball),
     "Trust: 1 % more": ("trust at 10", twin.Rule, "trust", 0.0303),
     "Trust: another floor": ("trust from zero", twin, "FLOOR", 0.0101),
     "Trust: no warm-up": ("ScheduleFree, warm-up of trust", twin.ScheduleFree, "trust_warmup", 1),
@@ -318,7 +342,9 @@ ERRORS = {
     "Forget: power 3.9": ("forget", twin.Forget, "power", 3.9),
     "Forget: band 1.1": ("forget", twin.Forget, "band", 1.1),
     "domains: raw values run on": ("range", twin.Node, "__init__", but(twin.Node.__init__, range=(-math.inf, math.inf))),
-    "Z: another horizon": ("horizon 10", twin.Node, "γ", 0.901),
+    "Z: another horizon": ("horizon 10", twin.Node, "γ", lambda self, name: 0.901),
+    "Z: one horizon for all": ("horizons", twin.Node, "γ", lambda self, name: 0.9),
+    "Z: whatever the rule declares": ("horizons above", twin.SGD, "horizons", {}),
     "Z: kept though q is not finite": ("hypergradient not finite", twin.Node, "learn", lambda self, q: (learn(self, q)[0], {})),
     "q: through y": ("ScheduleFree", twin.ScheduleFree, "pulled", twin.Rule.pulled),
     "q: without beta1": ("ScheduleFree, beta1", twin.ScheduleFree, "pulled", lambda self, Z, s: Z["a"]),

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch.autograd import forward_ad
 
-from hyperopt.domains import Interval, Positive, UnitInterval
+from hyperopt.domains import Interval, Positive, Real, UnitInterval
 
 with warnings.catch_warnings():  # torch imports this with the first dual number, and warns of a deprecation of its own
     warnings.simplefilter("ignore")
@@ -55,6 +55,7 @@ class Rule:
     defaults_above: ClassVar = {}  # above level 0, where raw hyperparameters are moved and not weights
     decoupled = False  # weight decay is added to the direction, and not to the gradient
     trust, trust_warmup, horizon = 0.03, 1, 1000.0
+    horizons: ClassVar = {}  # of the hyperparameters that have one of their own
     moved, average = "x", "x"  # what lr moves, and what the model is evaluated with
 
     def init(self, x):
@@ -91,6 +92,7 @@ class SGD(Rule):
 
     defaults: ClassVar = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
     defaults_above: ClassVar = {"lr": 1.0}
+    horizons: ClassVar = {"momentum": 1, "dampening": 1}
 
     def init(self, x):
         return {"x": x, "b": torch.zeros_like(x)}
@@ -105,6 +107,7 @@ class Adam(Rule):
 
     defaults: ClassVar = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     defaults_above: ClassVar = {"lr": 0.1}
+    horizons: ClassVar = {"beta1": 1, "beta2": 1}
 
     def init(self, x):
         return {"x": x, "m": torch.zeros_like(x), "v": torch.zeros_like(x)}
@@ -142,6 +145,7 @@ class ScheduleFree(Rule):
         self.base, self.forget, self.through = base(), forget, through
         kept = {n: v for n, v in base.defaults.items() if n not in ("momentum", "dampening")}
         self.defaults, self.defaults_above = {**kept, "beta1": 0.9}, base.defaults_above
+        self.horizons = {**base.horizons, "beta1": self.horizon}  # another beta1, of the average
 
     def init(self, x):
         return {**self.base.init(x), "z": x, "a": x, **dict.fromkeys(("beta1", "sum", "lag", "size"), numbers(0))}
@@ -182,6 +186,7 @@ class Averaged(Rule):
     def __init__(self, base):
         self.base, self.decoupled = base(), base.decoupled
         self.defaults, self.defaults_above = {**base.defaults, "decay": 0.98}, base.defaults_above
+        self.horizons = base.horizons
 
     def init(self, x):
         return {**self.base.init(x), "a": x}
@@ -267,15 +272,18 @@ class Climb(Guard):
 
 
 class Pace(Guard):
-    """A decay's logit moves by no more than .005 a step, as what it does shows only after the steps that it averages over."""
+    """A decay's logit moves by no more than .005 a step, as what it does shows only after the steps that it averages over.
+
+    So does every raw value above level 0, where hypergradients of one step and the next are made of the same past and agree.
+    """
 
     most = 0.005
 
-    def __init__(self, decays):
-        self.decays = decays
+    def __init__(self, names):
+        self.names = names
 
     def moved(self, before, r, q):
-        return r | {n: r[n].clamp(before[n] - self.most, before[n] + self.most) for n in self.decays}
+        return r | {n: r[n].clamp(before[n] - self.most, before[n] + self.most) for n in self.names}
 
 
 class Trust(Guard):
@@ -345,7 +353,7 @@ class Node:
     learned: dict  # how many numbers each hyperparameter has that is learned
     domains: dict  # of the hyperparameters
     above: list  # (names, node): the x of `node` is the r of these hyperparameters, side by side
-    horizon: float  # the number of past steps that hyperparameters are held responsible for
+    horizons: dict  # for each learned hyperparameter the number of past steps that it is held responsible for
     guards: list
     limit: float  # the largest move, in a coordinate, of what lr moves: above level 0, where no lr is learned that Trust could scale
     inside: object  # the feasible set, or None
@@ -374,7 +382,7 @@ class Node:
             r, factor = guard.sized(r, size, t, self.written)
             keep = keep * factor
         for part, g in active:
-            self.take(part, g, r, {n: self.γ * finite.get(n, True) * (keep if n == "lr" else 1.0) for n in r})
+            self.take(part, g, r, {n: self.γ(n) * finite.get(n, True) * (keep if n == "lr" else 1.0) for n in r})
         self.publish(r)
 
     def learn(self, q):
@@ -407,9 +415,8 @@ class Node:
 
     # ---- what they call
 
-    @property
-    def γ(self):
-        return 1 - 1 / self.horizon
+    def γ(self, name):
+        return 1 - 1 / self.horizons[name]
 
     @property
     def r(self):
@@ -425,7 +432,7 @@ class Node:
         for part, g in active:
             for name, Z in part.Z.items():
                 # Above level 0 an averaging rule goes by the y that the level below uses, and so it does at the paper's horizon of 1.
-                z = Z[of] if of else self.rule.pulled(Z, part.s) if self.level == 0 and self.γ else Z["x"]
+                z = Z[of] if of else self.rule.pulled(Z, part.s) if self.level == 0 and self.γ(name) else Z["x"]
                 q[name] = q.get(name, 0) + part.inner(g, z, self.r[name])
         return q
 
@@ -497,7 +504,7 @@ class Hyper:
         self, rule, *, learn=("lr",), horizon=None, trust="default", domains=None, per="group", project=None, maximize=False, **given
     ):
         self.rule = rule() if isinstance(rule, type) else rule
-        self.learn, self.horizon, self.trust = learn, horizon or self.rule.horizon, trust
+        self.learn, self.horizon, self.trust = learn, horizon, trust
         self.domains, self.per, self.project, self.maximize, self.given = domains or {}, per, project, maximize, given
         self.above = {}
 
@@ -523,12 +530,17 @@ class Hyper:
     def trust_at(self, level):
         return self.trust if self.trust != "default" else 0.5 if level else self.rule.trust
 
+    def horizon_of(self, name):
+        given = self.horizon.get(name) if isinstance(self.horizon, dict) else self.horizon
+        return given or self.rule.horizons.get(name, self.rule.horizon)
+
     def guards(self, level, lr, trust_above):
         """What limits this level, in the order in which it is asked; nothing with trust=None."""
         trust, domain = self.trust_at(level), self.domain("lr")
         if trust is None or not self.above:
             return []
-        guards = [Pace([n for n in self.learn if n != "lr" and isinstance(self.domain(n), Interval)])]
+        decays = [n for n in self.learn if n != "lr" and isinstance(self.domain(n), Interval)]
+        guards = [Pace([n for n in self.learn if not isinstance(self.domain(n), Real)] if level else decays)]
         if "lr" in self.learn and level == 0 and domain == Positive():
             guards.append(Climb(trust, trust_above))
         if "lr" in self.learn:
@@ -569,7 +581,7 @@ class Hyper:
             {n: len(values[n]) for n in learn},
             {n: self.domain(n) for n in values},
             above,
-            self.horizon,
+            {n: self.horizon_of(n) for n in learn},
             self.guards(level, values["lr"], trust_above),
             self.trust_at(level) if limited else math.inf,
             self.project,

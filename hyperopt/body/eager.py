@@ -153,9 +153,7 @@ class Eager:
 
     def take(self, r: Raw, sound: Raw, keep: Tensor | None, ok: Tensor) -> None:
         """Take the step at `r`: `sound` is 0. for tangents that start again, `keep` a factor on those of lr."""
-        kept: Raw = {}
-        for name in r:
-            kept[name] = sound[name] * self.tangents.gamma if name in sound else torch.full_like(ok, self.tangents.gamma)
+        kept = {name: sound.get(name, torch.ones_like(ok)) * self.tangents.gamma[name] for name in r}
         if keep is not None:
             kept["lr"] = kept["lr"] * keep
         # Where nothing couples the weights they are stepped block by block, so that intermediates are never larger than one.
@@ -184,8 +182,8 @@ class Eager:
         if r:
             z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
             if rule._decays():
-                decay, most = h.lr * rule._decay(h, block.t), rule._subject()
-                decay = decay if most == math.inf else decay * (block.x.abs() <= most)
+                decay = h.lr * rule._decay(h, block.t)
+                decay = decay * (block.x.abs() <= most) if (most := rule._subject()) < math.inf else decay
                 keep = keep * (1 - (decay * (step * block.x >= 0) if rule.cautious else decay))
             self.arithmetic.displace(block.x, z, step, h.lr, keep, counts)
         else:

@@ -34,7 +34,7 @@ def write(body: Any, batch: Sequence[Block], r: Raw, kept: Raw, ok: Tensor) -> N
     found: list[Tangent] = [{} for _ in batch]
     for name in r:
         carried: list[dict[str, Tensor]] = [{} for _ in batch]
-        if body.tangents.gamma:
+        if body.tangents.gamma[name]:
             carried = [{k: z * block.factor(name, kept[name], z) for k, z in block.tangents.get(name, {}).items()} for block in batch]
         views = batch[0].cut is not None
         news, tangents = body.tangents.along(name, points, carried, r, lambda p, r: update(body, batch, p, r), views=views)

@@ -85,7 +85,7 @@ class Native(Eager):
             super().take(r, sound, keep, ok)
             return
         lr = self.hypers["lr"].at(r["lr"]) if r else self.hypers["lr"].value
-        kept = self.tangents.gamma * (sound["lr"] if sound else torch.ones_like(ok))
+        kept = self.tangents.gamma.get("lr", 0.0) * (sound["lr"] if sound else torch.ones_like(ok))
         assert self.total is not None
         self.orders.copy_(torch.stack([ok, lr, kept if keep is None else kept * keep, self.total]))
 

@@ -20,7 +20,7 @@ def serves(part: Part, tensors: Sequence[Tensor]) -> bool:
     rule, hypers, tangents, feasible = part.rule, part.hypers, part.tangents, part.feasible
     follows = not overrides(rule, "after")
     if not follows and type(rule).after in (_ScheduleFree.after, _Averaged.after):
-        follows = not overrides(inner(rule), "after") and tangents.gamma > 0
+        follows = not overrides(inner(rule), "after") and all(tangents.gamma.values())
     decay = not rule._decays() or (not rule._couples() and not overrides(inner(rule), "_decay"))
     mine = tangents.fixed and (tangents.alone or not tangents.names) and not overrides(rule, "update") and feasible is None
     single = "lr" in hypers.own and not any(hyperparameter.value.dim() for hyperparameter in hypers.own.values())

@@ -33,7 +33,7 @@ class Adadelta(Rule):
     """
 
     lr: float = hyper(1.0, Positive(), above=1.0)
-    rho: float = hyper(0.9, UnitInterval())
+    rho: float = hyper(0.9, UnitInterval(), horizon=1)
     eps: float = hyper(1e-6, Positive())
     weight_decay: float = hyper(0.0, Positive())
 

@@ -40,8 +40,8 @@ class Adam(Moments):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.999, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     decoupled: bool = False

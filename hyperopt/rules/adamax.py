@@ -34,8 +34,8 @@ class Adamax(Moments):
     """
 
     lr: float = hyper(2e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.999, UnitInterval(), horizon=10)  # of a maximum, which shows it only where it is an old one
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     corrected = ("beta1",)

@@ -40,9 +40,9 @@ class Adan(Moments):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.98, UnitInterval())
-    beta2: float = hyper(0.92, UnitInterval())
-    beta3: float = hyper(0.99, UnitInterval())
+    beta1: float = hyper(0.98, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.92, UnitInterval(), horizon=1)
+    beta3: float = hyper(0.99, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
     bias_correction: bool = True

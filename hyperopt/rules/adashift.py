@@ -35,8 +35,8 @@ class AdaShift(Rule):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.999, UnitInterval(), horizon=1)
     eps: float = hyper(1e-10, Positive())
     n: int = 10
     first_moment = ("beta1",)

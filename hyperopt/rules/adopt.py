@@ -40,8 +40,8 @@ class ADOPT(Rule):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.9999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.9999, UnitInterval(), horizon=10)
     eps: float = hyper(1e-6, Positive())
     clip: float = hyper(1.0, Positive())
     clip_power: float = hyper(0.25, Positive())

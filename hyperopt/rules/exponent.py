@@ -43,8 +43,8 @@ class Exponent(Moments):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.999, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
     eta: float = hyper(2.0, Positive(scale=0.1))
     p: float = hyper(0.5, UnitInterval())

@@ -35,8 +35,8 @@ class Lion(Rule):
     """
 
     lr: float = hyper(1e-4, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.99, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.99, UnitInterval(), horizon=10)
     eps: float = hyper(0.0, Positive())
     weight_decay: float = hyper(0.0, Positive())
     first_moment = ("beta1", "beta2")

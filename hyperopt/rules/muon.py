@@ -73,7 +73,7 @@ class Muon(Rule, metaclass=Splits):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.5)
-    momentum: float = hyper(0.95, UnitInterval())
+    momentum: float = hyper(0.95, UnitInterval(), horizon=1)
     weight_decay: float = hyper(0.1, Positive(), above=0.0)
     cautious: bool = False
     nesterov: bool = True

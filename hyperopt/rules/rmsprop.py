@@ -35,10 +35,10 @@ class RMSprop(Rule):
     """
 
     lr: float = hyper(1e-2, Positive(), above=1e-2)
-    alpha: float = hyper(0.99, UnitInterval())
+    alpha: float = hyper(0.99, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
-    momentum: float = hyper(0.0, UnitInterval())
+    momentum: float = hyper(0.0, UnitInterval(), horizon=1)
     centered: bool = False
     first_moment = ("momentum",)
 

@@ -32,8 +32,8 @@ class SGD(Rule):
     """
 
     lr: float = hyper(1e-3, Positive(), above=1.0)
-    momentum: float = hyper(0.0, UnitInterval())
-    dampening: float = hyper(0.0, UnitInterval())
+    momentum: float = hyper(0.0, UnitInterval(), horizon=1)
+    dampening: float = hyper(0.0, UnitInterval(), horizon=1)
     weight_decay: float = hyper(0.0, Positive())
     nesterov: bool = False
     first_moment = ("momentum", "dampening")

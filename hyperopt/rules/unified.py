@@ -62,8 +62,8 @@ class Unified(Rule):
     """
 
     lr: float = hyper(1e-3, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.999, UnitInterval(), horizon=10)
     damping: float = hyper(1e-8, UnitInterval())
     eta: float = hyper(2.0, Positive(scale=0.1))
     nesterov: float = hyper(0.0, UnitInterval())

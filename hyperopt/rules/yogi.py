@@ -33,8 +33,8 @@ class Yogi(Moments):
     """
 
     lr: float = hyper(1e-2, Positive(), above=0.1)
-    beta1: float = hyper(0.9, UnitInterval())
-    beta2: float = hyper(0.999, UnitInterval())
+    beta1: float = hyper(0.9, UnitInterval(), horizon=1)
+    beta2: float = hyper(0.999, UnitInterval(), horizon=1)
     eps: float = hyper(1e-3, Positive())
     v0: float = 0.0
     bias_correction: bool = False

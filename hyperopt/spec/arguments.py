@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import rules
-from ..domains import number
+from ..domains import Domain, number
 from ..rule import Rule
 
 PER = ("group", "tensor", "coordinate")
@@ -63,6 +63,17 @@ def as_rule(rule: Any, values: Mapping[str, Any]) -> Rule:
         if isinstance(getattr(template, name), bool) and not isinstance(value, bool):
             raise TypeError(f"{type(template).__name__}({name}) must be True or False, got {value!r}")
     return dataclasses.replace(template, **{name: plain(template.value(name)) for name in template.declared()} | values)
+
+
+def check_domains(domains: Any, known: Sequence[str], rule: str) -> None:
+    """Raise unless `domains` maps names of hyperparameters of a rule, which are `known`, to domains."""
+    if not isinstance(domains, Mapping):
+        raise TypeError(f"domains = {domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
+    for name, domain in domains.items():
+        if name not in known:
+            raise ValueError(f"domains names {name!r}, which {rule} does not have: it has {', '.join(known)}")
+        if not isinstance(domain, Domain):
+            raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

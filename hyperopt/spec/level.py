@@ -8,14 +8,15 @@ from typing import Any
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from .. import horizons
 from ..domains import Domain
 from ..feasible import Feasible
 from ..rule import Rule
 from ..tangents import read_by_direction
-from .arguments import PER, STRATEGIES, as_rule, named
+from .arguments import PER, STRATEGIES, as_rule, check_domains, named
 
-# Largest change of a raw hyperparameter per step above level 0. Where level 1 learns its own lr too, 0.1 does better: on MNIST validation
-# data Adam / Adam / Adam ends at 2.9 % with 0.1 and at 4.3 % with 0.5, which lets the lr of level 0 jump. At height 1 they are equal.
+# Largest change of a raw hyperparameter per step above level 0. Of the lr of the weights; what is learned above them moves at a pace of its
+# own, see `guards.Pace`.
 TRUST_ABOVE = 0.5
 HIGHEST, DEEPEST = 1000, 150  # height of a tower, and branches on branches, whose text Python's parser still reads
 MOST = 10_000  # levels that are printed or bound, where branches that share levels are written out
@@ -28,7 +29,7 @@ class Level:
     rule: Rule  # with its values
     given: frozenset[str]  # the hyperparameters whose values the user gave; the others have other defaults above level 0
     learn: tuple[str, ...] | str | None  # what the level above learns: names, "all", or None for lr alone
-    horizon: float  # the number of past steps over which hypergradients are accumulated
+    horizon: float | str | dict[str, float]  # of all that is learned, of each of some, or "default"; see `horizon_of`
     trust: float | str | None  # the largest change per step, None for no limit, or "default"
     domains: dict[str, Domain]  # the spaces in which hyperparameters are learned, where they are not the rule's own
     per: str  # one of PER: what has a learned value of its own
@@ -58,6 +59,12 @@ class Level:
     def domain(self, name: str) -> Domain:
         """The space in which a hyperparameter of this level is learned."""
         return self.domains[name] if name in self.domains else self.rule.declared()[name].domain
+
+    def horizon_of(self, name: str) -> float:
+        """The number of past steps that a hyperparameter of this level is held responsible for."""
+        given = self.horizon.get(name, "default") if isinstance(self.horizon, Mapping) else self.horizon
+        declared = self.rule.declared()[name].horizon
+        return given if not isinstance(given, str) else self.rule.horizon if declared is None else declared
 
     def numbers(self, name: str) -> list[float]:
         """The value of a hyperparameter, or its values where there is one for each hyperparameter below."""
@@ -122,7 +129,9 @@ class Level:
     def _structure(self) -> str:
         options = [f"{f.name}={getattr(self.rule, f.name)}" for f in dataclasses.fields(self.rule) if f.name not in self.rule.declared()]
         learned = [f"{name} in {self.domain(name)}" for name in self.learning]
-        words = [*options, f"per {self.per}", f"horizon {self.horizon:g}", f"learned: {', '.join(learned) or 'nothing'}"]
+        top = self.horizon if isinstance(self.horizon, (int, float)) else self.rule.horizon
+        horizon = horizons.text({name: self.horizon_of(name) for name in self.learning} or {"": top})
+        words = [*options, f"per {self.per}", f"horizon {horizon}", f"learned: {', '.join(learned) or 'nothing'}"]
         return f"{type(self.rule).__name__}({'; '.join(words)})"
 
     def replace(self, **hyperparameters: Any) -> Self:
@@ -173,15 +182,8 @@ class Level:
     def check(self) -> None:
         """Raise ValueError or TypeError unless the options, which `Hyper` explains, are in bounds and fit together."""
         declared = self.rule.declared()
-        if not isinstance(self.domains, Mapping):
-            raise TypeError(f"domains = {self.domains!r} must be a mapping from names to domains, as in domains={{'lr': Real()}}")
-        for name, domain in self.domains.items():
-            if name not in declared:
-                raise ValueError(f"domains names {name!r}, which {type(self.rule).__name__} does not have: it has {', '.join(declared)}")
-            if not isinstance(domain, Domain):
-                raise TypeError(f"domains[{name!r}] must be a Domain such as Positive() or Real(), got {domain!r}")
-        if type(self.horizon) not in (int, float) or not self.horizon >= 1:
-            raise ValueError(f"horizon = {self.horizon!r} is outside [1, inf]: give a number of steps (1: the paper's method) or math.inf")
+        check_domains(self.domains, tuple(declared), type(self.rule).__name__)
+        horizons.check_given(self.horizon, tuple(declared), type(self.rule).__name__)
         trust: Any = 1 if self.trust in (None, "default") else self.trust
         if type(trust) not in (int, float) or not 0 < trust < math.inf:
             raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
@@ -192,8 +194,8 @@ class Level:
         for name, value, known in (("per", self.per, PER), ("strategy", self.strategy, STRATEGIES)):
             if value not in known:
                 raise ValueError(f"{name} = {value!r} is none of {', '.join(known)}")
-        if self.strategy == "graph" and self.horizon != 1:
-            raise ValueError(f"strategy='graph' keeps one update, got horizon = {self.horizon!r}: give horizon=1, or strategy='tangents'")
+        if self.strategy == "graph":
+            horizons.check_graph({name: self.horizon_of(name) for name in self.learned if name in declared})
 
     def check_learned(self, names: tuple[str, ...]) -> None:
         """Raise ValueError unless each of `names` can be learned, starting from its value."""
@@ -216,6 +218,10 @@ class Level:
             raise ValueError(f"per='coordinate' cannot learn {', '.join(coupled)} of {rule}, which couples coordinates: give per='tensor'")
         if len(set(names)) < len(names):
             raise ValueError(f"learn={names} of {rule} names a hyperparameter twice: name each once")
+
+        horizons.check_learned(self.horizon, names, rule)
+        if self.strategy == "graph":
+            horizons.check_graph({name: self.horizon_of(name) for name in names})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a tower is immutable, its {name} cannot be set: Hyper(…).replace({name}=…), or a new Hyper, makes another")

@@ -22,7 +22,15 @@ Chain = list["tuple[Any, dict[str, Any]] | dict[str, Chain]"]
 COMPOSITIONS = ("ScheduleFree", "Averaged")
 # Characters of a text: a tree of 1,000 levels takes 10,000. Python's documentation warns that a text large enough may crash ast.parse.
 LONGEST = 100_000
-DEFAULTS = {"trust": "default", "domains": {}, "per": "group", "strategy": "tangents", "project": None, "maximize": False}
+DEFAULTS = {
+    "horizon": "default",
+    "trust": "default",
+    "domains": {},
+    "per": "group",
+    "strategy": "tangents",
+    "project": None,
+    "maximize": False,
+}
 SHOWN = 200  # characters of a text that an error message quotes
 
 
@@ -74,7 +82,7 @@ def show_one(level: Level, at: int) -> str:
     defaults = {f.name: declared[f.name].above if at and f.name in declared else f.default for f in dataclasses.fields(rule)}
     words = [(name, getattr(rule, name), default) for name, default in defaults.items()]
     words.append(("learn", level.learn, level.learn if level.is_tree() else None))  # the branches of a tree say what is learned
-    words += [(name, getattr(level, name), default) for name, default in {"horizon": rule.horizon, **DEFAULTS}.items()]
+    words += [(name, getattr(level, name), default) for name, default in DEFAULTS.items()]
     shown = ", ".join(f"{name}={_word(value)}" for name, value, default in words if value != default)
     name = type(rule).__name__
     return (name if name.isidentifier() or "(" in name else f"({name})") + (f"({shown})" if shown else "")

@@ -26,8 +26,10 @@ class Hyper(Level):
             continues to run itself: only its lr is learned, from the displacement of the weights.
         learn: hyperparameters of this level for the level above to learn: a name, names, or "all" for each one whose value is strictly
             inside its domain. Default: lr alone.
-        horizon: number of past steps that a hyperparameter of this level is held responsible for, from 1 to math.inf. The tangent ∂x/∂h
-            decays by a factor of 1 − 1/horizon per step; 1 is the paper's method. Default: 1000; 500 for ScheduleFree.
+        horizon: number of past steps that a hyperparameter of this level is held responsible for, from 1 to math.inf: one for all that
+            are learned, or a mapping such as {"lr": 1000, "beta1": 1}; those that are not in it keep their defaults. The tangent ∂x/∂h
+            decays by a factor of 1 − 1/horizon per step; 1 is the paper's method. Default: as the rule declares them, 1 for betas and
+            other decays, otherwise 1000; 500 for ScheduleFree.
         trust: largest change in one step of what this level moves, while its lr is learned. At level 0 it is relative to the norm of the
             weights (default 0.03; ScheduleFree 0.1, reached linearly over the first 20 steps, also for a value that is given). Above
             level 0 it is the change of a raw hyperparameter (default 0.5). None: no limit.
@@ -55,7 +57,7 @@ class Hyper(Level):
         rule: Any,
         *,
         learn: Iterable[str] | str | None = None,
-        horizon: float | str = "default",
+        horizon: float | Mapping[str, float] | str = "default",
         trust: float | str | None = "default",
         domains: Mapping[str, Domain] | None = None,
         per: str = "group",
@@ -73,7 +75,7 @@ class Hyper(Level):
         values = named(hyperparameters)
         made = as_rule(rule, values)
         vars(self).update(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={}, height=0, depth=0, count=1)
-        vars(self).update(horizon=plain(made.horizon if horizon == "default" else horizon), trust=plain(trust))
+        vars(self).update(horizon=plain(horizon, "horizon"), trust=plain(trust))
         vars(self).update(domains={} if domains is None else plain(domains), per=per, strategy=strategy, project=project, maximize=maximize)
         self.check()
         if isinstance(self.learn, tuple) and self.learn:
