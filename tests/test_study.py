@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import StepLR
 from typer import BadParameter
 from typer.testing import CliRunner
 
-from experiments import data, heights, mnist_table, models, pool, provenance, published, tables, training, workloads
+from experiments import data, heights, mnist_table, models, pool, provenance, published, tables, tops, training, workloads
 from experiments.store import Store
 from experiments.training import HELD, REPLAYED
 from experiments.workloads import WORKLOADS
@@ -410,3 +410,40 @@ def test_unknown_workload_is_one_clean_line():
     outcome = CliRunner().invoke(heights.app, ["--workload", "cnn"])
     assert outcome.exit_code == 2
     assert "cnn is none of mlp, resnet, rnn" in outcome.output
+
+
+# ---- tops
+
+
+def test_towers_differ_in_the_step_size_of_the_top_alone():
+    assert str(tops.tower("defaults", 1, 0.1)) == "Adam / Adam(lr=0.1)"
+    assert str(tops.tower("defaults", 3, 1e-6)) == "Adam / Adam / Adam / Adam(lr=1e-06)"
+    paper = ", horizon=1, trust=None, domains={lr: Real})"
+    assert str(tops.tower("paper", 2, 0.1)) == f"Adam({paper[2:]} / SGD(lr=0.001{paper} / SGD(lr=0.1{paper}"
+    assert len(tops.plan(["mlp"], 1, "cpu", Path("log"))) == 3 * len(tops.plan(["rnn"], 1, "cpu", Path("log"))) == 3 * 54
+
+
+def test_tops_run_resume_and_draw(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(tops, "PROBLEMS", {name: (replace(small, title=name), 1) for name in tops.PROBLEMS})
+    path = tmp_path / "tops.json"
+
+    def invoke(*arguments):
+        return CliRunner().invoke(tops.app, ["--steps", "3", "--out", str(tmp_path), "--log", str(tmp_path / "log"), *arguments])
+
+    outcome = invoke("--workload", "mlp")
+    assert outcome.exit_code == 0, outcome.output
+    runs = json.loads(path.read_text())["runs"]
+    assert len(runs) == 54
+    cells = [runs[f"mlp | defaults | 1 | {top:g} | 0"]["metric"] for top in tops.TOPS]
+    text = path.with_suffix(".md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| height 1, our defaults |"))
+    assert [float(cell.split("±")[0]) for cell in line.split("|")[2:11]] == pytest.approx(cells, abs=5e-3)
+    assert float(line.split("|")[11]) == pytest.approx(max(cells) / min(cells), rel=5e-3)
+    before = path.stat().st_mtime_ns
+    path.with_suffix(".png").unlink()
+    assert invoke("--figures").exit_code == 0
+    assert path.stat().st_mtime_ns == before
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    outcome = CliRunner().invoke(tops.app, ["--workload", "cnn"])
+    assert outcome.exit_code == 2
+    assert "cnn is none of mlp, rnn, resnet" in outcome.output
