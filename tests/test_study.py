@@ -416,7 +416,7 @@ def test_unknown_workload_is_one_clean_line():
 
 
 def test_towers_differ_in_the_step_size_of_the_top_alone():
-    assert str(tops.tower("defaults", 1, 0.1)) == "Adam / Adam(lr=0.1)"
+    assert str(tops.tower("defaults", 1, 0.5)) == "Adam / Adam(lr=0.5)"
     assert str(tops.tower("defaults", 3, 1e-6)) == "Adam / Adam / Adam / Adam(lr=1e-06)"
     paper = ", horizon=1, trust=None, domains={lr: Real})"
     assert str(tops.tower("paper", 2, 0.1)) == f"Adam({paper[2:]} / SGD(lr=0.001{paper} / SGD(lr=0.1{paper}"
