@@ -50,7 +50,11 @@ class Store:
         run_missing(self.result, self.path, tasks, jobs)
 
     def forget(self, prefixes: Iterable[str]) -> None:
-        """Drop the runs whose key begins with one of these."""
+        """Drop the runs whose key begins with one of these; typer.BadParameter for one that none of the runs begins with."""
+        for prefix in prefixes if self.runs else ():
+            if not any(key.startswith(prefix) for key in self.runs):
+                remedy = f"give the beginning of a key, such as {next(iter(self.runs))!r}"
+                raise typer.BadParameter(f"no run in {self.path} begins with {prefix!r}: {remedy}", param_hint="--again")
         for key in [key for key in self.runs if key.startswith(tuple(prefixes))]:
             del self.runs[key]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -556,6 +557,19 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert json.loads(path.read_text()) == {"runs": 1}
     folder = Path(mnist.__file__).parent
     assert [file.name for file in folder.glob("*.py") if "json.dump" in file.read_text()] == ["store.py"]
+
+
+def test_to_forget_what_is_not_there_is_an_error(tmp_path):
+    kept = store.Store(tmp_path / "results.json", seeds=1)
+    kept.forget(["a"])  # nothing was run yet
+    kept.runs.update({"task | a | 0": {}, "task | b | 0": {}})
+    with pytest.raises(
+        typer.BadParameter, match=r"no run in .*results.json begins with 'b': give the beginning of a key, such as 'task \| a"
+    ):
+        kept.forget(["task | a", "b"])
+    assert len(kept.runs) == 2
+    kept.forget(["task | a"])
+    assert list(kept.runs) == ["task | b | 0"]
 
 
 def slow(seconds):
