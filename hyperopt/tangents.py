@@ -17,6 +17,7 @@ from .rule import Rule, State, overrides
 Raw = dict[str, Tensor]
 Point = tuple[Tensor, State]  # x and the state
 
+AT_AVERAGE = ("average", "gap", "mix")  # the states that say where an average is
 DUALS = threading.RLock()  # torch has one level of dual numbers for all threads: whoever makes some holds this
 
 
@@ -71,8 +72,8 @@ class Tangents:
             for x1, s1 in update(duals, {**r, name: _dual(r[name], torch.ones_like(r[name]))}):
                 (x1, z), *rest = [forward_ad.unpack_dual(a) for a in (x1, *s1.values())]
                 news.append((x1, {key: pair.primal for key, pair in zip(s1, rest, strict=True)}))
-                # At horizon 1 nothing is carried: of the state, only a loss at the average asks for a tangent.
-                kept = {key: pair.tangent for key, pair in zip(s1, rest, strict=True) if self.gamma[name] or key == "average"}
+                # At horizon 1 nothing is carried: of the state, only a loss at the average asks for tangents.
+                kept = {key: pair.tangent for key, pair in zip(s1, rest, strict=True) if self.gamma[name] or key in AT_AVERAGE}
                 found = {"x": z, **kept}
                 tangents.append({key: tangent for key, tangent in found.items() if tangent is not None})
         return news, tangents

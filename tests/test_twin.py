@@ -179,6 +179,10 @@ CASES = {
         lambda o: o.Hyper(o.Averaged(o.Adam), lr=0.01, learn=("lr", "beta1", "decay"), horizon=1).stack(o.Adam, lr=0.02, eps=1e-4),
         held_out=lambda step: [(True, 1.0)] if step else [],
     ),
+    "held out at ScheduleFree's average, at horizon 1": Case(
+        lambda o: o.Hyper(o.ScheduleFree(o.Adam), lr=0.01, learn=("lr", "beta1", "beta2"), horizon=1).stack(o.Adam, eps=1e-4),
+        held_out=lambda step: [(True, 1.0)] if step % 2 else [],
+    ),
     "held out at ScheduleFree's average": Case(
         lambda o: o.Hyper(o.ScheduleFree(o.Adam), lr=0.01).stack(o.Adam), held_out=lambda step: [(True, 1.0)] if step % 2 else []
     ),

@@ -58,7 +58,7 @@ class Eager:
         plain = not learned and not self.updates and not overrides(rule, "after") and part.feasible is None
         self.simple = self.tangents.closed or plain  # x and Z move in place
         self.kernel = kernel if self.simple and not part.compiled else None
-        self.hypergradient = Hypergradient(rule, part.hypers, learned, part.level)
+        self.hypergradient = Hypergradient(rule, part.hypers, part.tangents.gamma, learned, part.level)
 
     def begin(self, grads: Sequence[Sequence[Tensor]], directions: Sequence[Sequence[Tensor]] | None, *, maximize: bool) -> list[Tensor]:
         """Gather the gradients of the tensors of each buffer, and the displacements at lr = 1 that another optimizer has made, if any."""

@@ -15,8 +15,8 @@ SOURCE = Path(__file__).with_name("passes.cpp")
 # Elements of a tensor that a thread handles at a time: few enough to share 100,000 out evenly, and with millions more of them, as memory is
 # read 5 % faster.
 BLOCK, LONG_BLOCK, LONG = 2**13, 2**15, 2**20
-# The longest smaller side of a matrix that is orthogonalised in C++: above, the products of a library are faster.
-SMALL = 128
+# The longest smaller side of a matrix that is orthogonalised in C++, and its elements: above, the products of a library are faster.
+SMALL, FEW = 128, 2**17
 # After torch's own flags: it compiles its kernels without vectorising loops, without FMA, and with the errno of every root.
 FLAGS = ("-O3", "-fno-math-errno", "-ftree-loop-vectorize", "-ffp-contract=fast")
 
@@ -92,17 +92,19 @@ def built() -> ctypes.CDLL | None:
     return functions if functions.usable() else None
 
 
-def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, least: float) -> Tensor | None:
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, least: float, follow: bool) -> Tensor | None:
     """`newton_schulz` of muon.py in C++; None where the matrices are not small and on a CPU in float32, or derivatives are wanted."""
     if torch.compiler.is_compiling() or type(matrices) is not Tensor or not matrices.is_cpu or matrices.dtype != torch.float32:
         return None
-    functions = installed() if min(matrices.shape) > 0 and min(matrices.shape[1:]) <= SMALL else None
+    count, rows, columns = matrices.shape
+    functions = installed() if count and 1 < min(rows, columns) <= SMALL and rows * columns <= FEW else None
     if functions is None or matrices.requires_grad or forward_ad.unpack_dual(matrices).tangent is not None:
         return None
     matrices = matrices.resolve_neg().contiguous()
     found = torch.empty_like(matrices)
     abc = (ctypes.c_float * 3)(*coefficients)
-    functions.orthogonal(torch.get_num_threads(), *matrices.shape, matrices.data_ptr(), found.data_ptr(), steps, abc, least)
+    pointers = matrices.data_ptr(), found.data_ptr()
+    functions.orthogonal(torch.get_num_threads(), count, rows, columns, *pointers, steps, abc, least, follow)
     return found
 
 
@@ -112,7 +114,7 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     functions.look.argtypes = [number, number, *table, pointer, pointer]
     functions.take.argtypes = [number, *table, number, pointer, pointer, pointer, pointer]
     functions.look.restype, functions.take.restype = ctypes.c_int, None
-    functions.orthogonal.argtypes = [number, number, number, number, pointer, pointer, number, pointer, ctypes.c_float]
+    functions.orthogonal.argtypes = [number, number, number, number, pointer, pointer, number, pointer, ctypes.c_float, number]
     functions.orthogonal.restype = None
     functions.usable.argtypes, functions.usable.restype = [], ctypes.c_int
     functions.source.argtypes, functions.source.restype = [], ctypes.c_uint32

@@ -1,6 +1,6 @@
 """q = Zᵀg from the tangents of buffers, one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ class Hypergradient:
     Args:
         rule: of the node.
         hypers: its hyperparameters.
+        gamma: γ of those that are learned; a step knows nothing of a gap whose tangent was not carried.
         names: those that are learned.
         level: of the node.
     """
 
-    def __init__(self, rule: Rule, hypers: Hyperparameters, names: Sequence[str], level: int) -> None:
-        self.rule, self.hypers, self.names, self.level = rule, hypers, names, level
+    def __init__(self, rule: Rule, hypers: Hyperparameters, gamma: Mapping[str, float], names: Sequence[str], level: int) -> None:
+        self.rule, self.hypers, self.gamma, self.names, self.level = rule, hypers, gamma, names, level
 
     def of(self, buffer: Buffer, g: Tensor, at: str | None = None, *, split: bool = False) -> Raw:
         """What one buffer adds to Zᵀg.
@@ -63,7 +64,7 @@ class Hypergradient:
             z = kept.get("x")
             if z is None:
                 continue
-            if "gap" in kept:
+            if "gap" in kept and (self.gamma[name] or not step):
                 z = z + (mix - (self.rule.through if step else 1)) * kept["gap"]
             if "mix" in kept and not step:
                 z = z + kept["mix"] * block.state["gap"]

@@ -1,5 +1,6 @@
-// The two passes over the weights of a training step on a CPU, for every rule whose learned hyperparameter (lr, or none) does not enter its
-// direction, and the orthogonal factors of small matrices. What happens between the passes, every level above and trust, is a matter of a few numbers and left to the caller.
+// The orthogonal factors of small matrices, further down, and the two passes over the weights of a training step on a CPU, for every rule
+// whose learned hyperparameter (lr, or none) does not enter its direction. What happens between the passes, every level above and trust, is
+// a matter of a few numbers and left to the caller.
 //
 //     look    what must be known before the step: whether g is finite, Σg·(tangent), on request ‖place‖ and ‖s‖, of what lr moves and the
 //             step s at lr = 1, where an average forgets, Σg·gap, and where state is kept relative to x, Σx
@@ -454,7 +455,8 @@ struct Matrix {
     int64_t rows, columns, stride;
     std::vector<float> at;
 
-    Matrix(int64_t r, int64_t c) : rows((r + ROWS - 1) / ROWS * ROWS), columns(c), stride((c + LANES - 1) / LANES * LANES), at(rows * stride) {}
+    Matrix(int64_t r, int64_t c)
+        : rows((r + ROWS - 1) / ROWS * ROWS), columns(c), stride((c + LANES - 1) / LANES * LANES), at(rows * stride) {}
     float* row(int64_t i) { return at.data() + i * stride; }
     const float* row(int64_t i) const { return at.data() + i * stride; }
 };
@@ -486,14 +488,15 @@ void multiply(float a, const Matrix& A, const Matrix& B, float b, const Matrix& 
         for (int64_t i = 0; i < A.rows; i += ROWS) tile<1>(i, j, a, A, B, b, C, out);
 }
 
-// Newton-Schulz as in muon.py. The matrices are polynomials of the first x·xᵀ, and by their product x is multiplied once.
-struct Orthogonal {
+// Newton-Schulz as in muon.py.
+class Orthogonal {
     Matrix x, xt, y, gram, other, q, product;
 
+public:
     Orthogonal(int64_t r, int64_t c) : x(r, c), xt(c, r), y(r, c), gram(r, r), other(r, r), q(r, r), product(r, r) {}
 
-    // Of the matrix with the elements in[i·down + j·along], to the same places of `out`.
-    void operator()(const float* in, float* out, int64_t down, int64_t along, int64_t steps, const float* abc, float least) {
+    // Of the matrix with the elements in[i·down + j·along], to the same places of `out`. follow: x·xᵀ is followed and not computed anew.
+    void operator()(const float* in, float* out, int64_t down, int64_t along, int64_t steps, const float* abc, float least, bool follow) {
         const float a = abc[0], b = abc[1], c = abc[2];
         const int64_t r = xt.columns, n = x.columns;
         double squares = 0;
@@ -508,12 +511,19 @@ struct Orthogonal {
         const float norm = std::max(static_cast<float>(std::sqrt(squares)), least);
         for (int64_t i = 0; i < r; i++)
             for (int64_t j = 0; j < n; j++) x.row(i)[j] /= norm;
-        for (int64_t j = 0; j < n; j++)
-            for (int64_t i = 0; i < r; i++) xt.row(j)[i] = x.row(i)[j];
-        multiply(1, x, xt, 0, gram, other);
-        std::swap(gram, other);
         for (int64_t step = 0; step < steps; step++) {
+            if (!step || !follow) {
+                for (int64_t j = 0; j < n; j++)
+                    for (int64_t i = 0; i < r; i++) xt.row(j)[i] = x.row(i)[j];
+                multiply(1, x, xt, 0, gram, other);
+                std::swap(gram, other);
+            }
             multiply(c, gram, gram, b, gram, q);
+            if (!follow) {
+                multiply(1, q, x, a, x, y);
+                std::swap(x, y);
+                continue;
+            }
             if (step) {
                 multiply(1, product, q, a, product, other);
                 std::swap(product, other);
@@ -526,9 +536,12 @@ struct Orthogonal {
                 multiply(1, other, q, a, other, gram);
             }
         }
-        multiply(1, product, x, 0, x, y);
+        if (follow) {
+            multiply(1, product, x, 0, x, y);
+            std::swap(x, y);
+        }
         for (int64_t i = 0; i < r; i++)
-            for (int64_t j = 0; j < n; j++) out[i * down + j * along] = y.row(i)[j];
+            for (int64_t j = 0; j < n; j++) out[i * down + j * along] = x.row(i)[j];
     }
 };
 
@@ -687,13 +700,13 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
 
 // U·Vᵀ of each of `count` matrices of `rows` x `columns`, one after the other in `in`, to `out`. No norm below `least` is divided by.
 extern "C" void orthogonal(int64_t threads, int64_t count, int64_t rows, int64_t columns, const float* in, float* out, int64_t steps,
-                           const float* coefficients, float least) {
+                           const float* coefficients, float least, int64_t follow) {
     const bool tall = rows > columns;
     const auto work = [&](int64_t begin, int64_t end) {
         Orthogonal found(std::min(rows, columns), std::max(rows, columns));
         for (int64_t m = begin; m < end; m++) {
             const int64_t start = m * rows * columns;
-            found(in + start, out + start, tall ? 1 : columns, tall ? columns : 1, steps, coefficients, least);
+            found(in + start, out + start, tall ? 1 : columns, tall ? columns : 1, steps, coefficients, least, follow);
         }
     };
 #ifdef _OPENMP

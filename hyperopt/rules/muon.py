@@ -10,6 +10,7 @@ from ..rule import Rule, State, Values, hyper, root, square
 from .split import Splits
 
 EPS = 1e-7  # the least norm that is divided by, as in torch
+FELT = 1e-2  # a relative error of eigenvalues that are 0 but for rounding
 # The scale of an orthogonal factor of `rows` x `columns`, under torch's names.
 SCALES = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
@@ -152,20 +153,23 @@ class Muon(Rule, metaclass=Splits):
 
 def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ of a batch, approximately; 0 for a matrix of zeros."""
-    if (found := orthogonal(matrices, coefficients, steps, EPS)) is not None:
-        return found
     a, b, c = coefficients
+    # A wide matrix is read twice and not in every step: x·xᵀ is followed instead, and so is the product of what the steps multiply x with,
+    # a + q each. All of these are polynomials of the first x·xᵀ, so that their order is no matter. Eigenvalues that are 0 grow by a² in a
+    # step, and so do their rounding errors: where these would be felt, x·xᵀ is computed anew.
+    short, long = sorted(matrices.shape[1:])
+    follow = long >= 2 * short and abs(a) ** (2 * (steps - 1)) * finfo(matrices.dtype).eps <= FELT
+    if (found := orthogonal(matrices, coefficients, steps, EPS, follow)) is not None:
+        return found
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / root((x * x).sum((1, 2), keepdim=True)).clamp_min(EPS)
     gram = x @ x.mT
-    if x.shape[2] < 2 * x.shape[1]:
+    if not follow:
         for step in range(steps):
             gram = x @ x.mT if step else gram
             x = baddbmm(x, baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.mT if tall else x
-    # A wide matrix is read twice and not in every step: x·xᵀ is followed instead, and so is the product of what the steps multiply x with,
-    # a + q each. All of these are polynomials of the first x·xᵀ, so that their order is no matter.
     product = None
     for step in range(steps):
         q = baddbmm(gram, gram, gram, beta=b, alpha=c)
