@@ -1,6 +1,6 @@
 """Towers of height 1 to 3 from step sizes of the top between 1e-6 and 1e2: the more levels, the less the choice above all of them matters.
 
-    python -m experiments.tops --jobs 2       30 minutes on two cores; resumes if it was stopped
+    python -m experiments.tops --jobs 2       45 minutes on a busy machine; resumes if it was stopped
     python -m experiments.tops --figures      the table and the figure from existing results
 
 Adam at level 0, from its default lr of 1e-3, on three workloads: the MLP on MNIST (3 epochs, three seeds), ResNet-20 on 20,000 images of

@@ -62,7 +62,7 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False, s
 
     Hidden matrices and filters take orthogonalised steps and everything else Adam's, with one learning rate, which is learned from any
     initial value. Give the model itself: it says which of its tensors are hidden matrices. Of bare parameters those of two
-    or more dimensions are taken for such.
+    or more dimensions are taken for such. Weight decay is for tensors of two or more dimensions in a parameter group that has several.
 
     Averaging replaces a schedule. Evaluate inside `with optimizer.averaged():`, for a model with BatchNorm also inside
     `batch_statistics(model, batches)`. Neither is needed after exactly `steps` steps, if that number is given: over the last 30 % of them

@@ -340,7 +340,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("taken", [3, 0])  # steps of the optimizer that is loaded into
+@pytest.mark.parametrize("taken", [0, 3])  # steps of the optimizer that is loaded into
 def test_a_checkpoint_of_four_ranks_on_two(taken, saved):
     assert_on_ranks(_load, 2, saved, taken, name=f"loading{taken}")
 
