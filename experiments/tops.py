@@ -28,7 +28,7 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from experiments import cli, plots, tables, training
+from experiments import cli, plots, provenance, tables, training
 from experiments.store import Store, metrics
 from experiments.workloads import WORKLOADS, Workload
 from hyperopt import SGD, Adam, Hyper, Real
@@ -89,10 +89,16 @@ def errors(store: Store, name: str, kind: str, height: int, top: float) -> list[
     return metrics(store.seeds(label(name, kind, height, top)))
 
 
+def present(store: Store) -> list[str]:
+    """The workloads that have runs."""
+    return [name for name in PROBLEMS if any(key.startswith(f"{name} |") for key in store.runs)]
+
+
 def table(store: Store) -> str:
     """The results in Markdown: for each workload a row for each height and kind, with the worst mean over the best."""
     parts = []
-    for name, (workload, seeds) in PROBLEMS.items():
+    for name in present(store):
+        workload, seeds = PROBLEMS[name]
         rows = []
         for kind in KINDS:
             for height in HEIGHTS:
@@ -107,10 +113,12 @@ def table(store: Store) -> str:
 
 
 def draw(store: Store, path: Path) -> None:
-    """Draw a panel for each workload, with a line for each height and kind."""
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    panels = figure.subplots(1, len(PROBLEMS))
-    for axes, (name, (workload, _)) in zip(panels, PROBLEMS.items(), strict=True):
+    """Draw a panel for each workload that has runs, with a line for each height and kind."""
+    names = present(store)
+    figure = Figure(figsize=(3 + 4.5 * len(names), 6), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        workload, _ = PROBLEMS[name]
         for height in HEIGHTS:
             for kind, line in zip(KINDS, ("-", ":"), strict=True):
                 runs = {top: store.seeds(label(name, kind, height, top)) for top in TOPS}
@@ -122,10 +130,11 @@ def draw(store: Store, path: Path) -> None:
         plots.decimal_ticks(axes.yaxis)
         plots.finish(axes)
     figure.suptitle(
-        "Error against the step size of the top, by the height of the tower; bands: from the best to the worst seed; "
-        "grey dotted: blind guessing; at the top: as bad, or diverged"
+        "Error against the step size of the top, by the height of the tower\nbands: from the best to the worst seed; "
+        "grey dotted: blind guessing; at the top: as bad, or diverged",
+        fontsize=9,
     )
-    figure.supxlabel(store.caption(), fontsize=7)
+    figure.supxlabel(provenance.caption(store.result, 120), fontsize=7)
     figure.savefig(path, dpi=72)
 
 

@@ -436,6 +436,7 @@ def test_tops_run_resume_and_draw(small, tmp_path, monkeypatch):
     assert len(runs) == 54
     cells = [runs[f"mlp | defaults | 1 | {top:g} | 0"]["metric"] for top in tops.TOPS]
     text = path.with_suffix(".md").read_text()
+    assert "rnn" not in text
     line = next(line for line in text.splitlines() if line.startswith("| height 1, our defaults |"))
     assert [float(cell.split("±")[0]) for cell in line.split("|")[2:11]] == pytest.approx(cells, abs=5e-3)
     assert float(line.split("|")[11]) == pytest.approx(max(cells) / min(cells), rel=5e-3)
