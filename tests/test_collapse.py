@@ -25,6 +25,7 @@ def regression(tower, lr, steps):
     return torch.stack(losses[-20:]).mean().item(), optimizer.hyperparameters()["0.lr"].item()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("lr", [1e-6, 1e-3])
 @pytest.mark.parametrize("rule", PLAIN)
 def test_a_far_too_small_lr_climbs_overshoots_and_settles(rule, lr):

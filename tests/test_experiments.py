@@ -417,6 +417,7 @@ SCRIPTS = [
     "mnist",
     "mnist_table",
     "robustness",
+    "tops",
     "tune",
     "useful",
     "zoo",

@@ -767,6 +767,7 @@ def test_young_optimizers_go_on_bit_for_bit(remake, steps):
     assert_goes_on(model, optimizer, *remake(model, optimizer, CHAIN), range(steps, steps + 4))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("remake", [reload, copied])
 @pytest.mark.parametrize("saved_after", [3, 8])
 @pytest.mark.parametrize("tower", [CHAIN, ALL], ids=str)

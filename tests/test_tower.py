@@ -637,6 +637,7 @@ def test_the_highest_tower_is_stacked_read_copied_and_compared_and_no_higher_one
         made.bind([torch.ones(3, requires_grad=True)])
 
 
+@pytest.mark.slow
 def test_the_highest_tower_that_is_bound_steps_and_is_copied():
     w = torch.ones(3, requires_grad=True)
     optimizer = Hyper.parse("Adam" + " / Adam" * level.BOUND).bind([w])
