@@ -184,14 +184,14 @@ class Rule(ABC):
 
     def _step(self, x: Tensor, d: Tensor, h: Values, t: Tensor) -> Tensor:
         """The direction with decoupled weight decay."""
-        most = self._subject() if self._decays() and not self._couples() else 0.0
+        most = self._decay_bound() if self._decays() and not self._couples() else 0.0
         shrunk = x.clamp(-most, most) if 0 < most < math.inf else x
         return d + self._decay(h, t) * (shrunk.where(d * x >= 0, 0.0) if self.cautious else shrunk) if most else d
 
     def _decays(self) -> bool:
-        return getattr(self, "weight_decay", 0) != 0 and self._subject() > 0
+        return getattr(self, "weight_decay", 0) != 0 and self._decay_bound() > 0
 
-    def _subject(self) -> float:
+    def _decay_bound(self) -> float:
         """The size above which the weights that this rule serves decay as if they were no larger; 0 where they do not decay at all."""
         return math.inf
 

@@ -60,7 +60,7 @@ def parts(
     for p in params:
         record = state[p]
         rule = serving(p)
-        served = rule.role.direction, rule._subject() > 0
+        served = rule.role.direction, rule._decay_bound() > 0
         key = (p.device, p.dtype, ranks.share(p), *served, float(record["t"]) if "t" in record else 0.0, tuple(record))
         large = LARGE_LAUNCHED if p.device.type != "cpu" else LARGE_FUSED if few else LARGE
         if elements(p) >= large or not rule.elementwise:

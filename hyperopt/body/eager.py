@@ -183,7 +183,7 @@ class Eager:
             z, keep = block.tangent("lr", "x", step), block.factor("lr", kept["lr"], step)
             if rule._decays():
                 decay = h.lr * rule._decay(h, block.t)
-                decay = decay * (block.x.abs() <= most) if (most := rule._subject()) < math.inf else decay
+                decay = decay * (block.x.abs() <= most) if (most := rule._decay_bound()) < math.inf else decay
                 keep = keep * (1 - (decay * (step * block.x >= 0) if rule.cautious else decay))
             self.arithmetic.displace(block.x, z, step, h.lr, keep, counts)
         else:

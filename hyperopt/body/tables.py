@@ -64,7 +64,7 @@ def values(body: Any) -> list[Tensor | None]:
         found[Value.REST1] = own["beta1"].rest if first else None
         found[Value.REST2], found[Value.EPS] = own["beta2"].rest, own["eps"].value
     found[Value.CAUTIOUS] = torch.full_like(body.hypers.like, rule.cautious)
-    found[Value.LARGEST] = torch.full_like(body.hypers.like, rule._subject())
+    found[Value.LARGEST] = torch.full_like(body.hypers.like, rule._decay_bound())
     if isinstance(rule, _ScheduleFree):
         found[Value.BETA] = own["beta1"].value
         found[Value.FORGET] = torch.full_like(body.hypers.like, vars(rule)["forget"])

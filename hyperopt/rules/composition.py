@@ -71,8 +71,8 @@ class Composed(Rule):
     def _inner_state(self, state: State) -> State:
         return {key: value for key, value in state.items() if key not in self.own}
 
-    def _subject(self) -> float:
-        return self.inner._subject()
+    def _decay_bound(self) -> float:
+        return self.inner._decay_bound()
 
     def _decay(self, h: Values, t: Tensor) -> Tensor:
         return self.inner._decay(h, t)

@@ -139,7 +139,7 @@ class _Split(Rule):
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         return self.by(g).direction(g, state, h, t)
 
-    def _subject(self) -> float:
+    def _decay_bound(self) -> float:
         most, served = LARGEST if self.decayed == MATRICES else math.inf, self.role.direction
         if self.decayed is None or served is None:  # not settled yet: the answer is one for all tensors together
             return most
