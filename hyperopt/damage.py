@@ -42,6 +42,9 @@ def check_nodes(tower: dict[str, Any], group: Any) -> None:
         _check_tensor(f"{label}.anchor", record["anchor"], shapes)
         if "climbing" in record:
             _check_tensor(f"{label}.climbing", record["climbing"], shapes, 0.0, 1.0)
+        for name, raw in record.get("start", {}).items():
+            mine = node.hypers[name]
+            _check_tensor(f"{label}.start.{name}", raw, {mine.value.shape}, *mine.domain.raw_limits(mine.value.dtype))
         for names, upper in node.above:
             kept, above = tower["nodes"][labels[upper]], group.tower["nodes"][labels[upper]]
             _check_tensor(f"{labels[upper]}.x", kept["x"], {above["x"].shape})

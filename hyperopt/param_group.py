@@ -18,7 +18,7 @@ from .variant import Variant
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What an entry of a group cannot be called unless it has its effect.
-LEVEL = ("learn", "horizon", "trust", "domains", "per", "strategy", "maximize", "tower", "learning_rate", "decoupled_weight_decay")
+LEVEL = ("learn", "horizon", "trust", "prior", "domains", "per", "strategy", "maximize", "tower", "learning_rate", "decoupled_weight_decay")
 
 
 def check_arguments(params: Any, compile: Any, hyper_every: Any, schedule: Any) -> None:

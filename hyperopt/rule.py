@@ -22,15 +22,23 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Declared:
-    """How a rule declares one hyperparameter: default value, domain, the default used above level 0, and the default horizon."""
+    """How a rule declares one hyperparameter: default value, domain, default above level 0, default horizon, and usual value."""
 
     default: float
     domain: Domain
     above: float
     horizon: float | None  # None: that of the rule
+    usual: float | None  # None: the default, or where that cannot be learned the value that the user gives
+
+    def usual_at(self, level: int) -> float | None:
+        """The usual value at a level, or None."""
+        usual = self.usual if self.usual is not None else self.above if level else self.default
+        return usual if self.domain.inside(usual) else None
 
 
-def hyper(default: float, domain: Domain, *, above: float | None = None, horizon: float | None = None) -> Any:
+def hyper(
+    default: float, domain: Domain, *, above: float | None = None, horizon: float | None = None, usual: float | None = None
+) -> Any:
     """Declare a hyperparameter as a dataclass field of a rule.
 
     Args:
@@ -39,16 +47,20 @@ def hyper(default: float, domain: Domain, *, above: float | None = None, horizon
         above: the default above level 0, where the rule moves raw hyperparameters and not weights; `default` if None.
         horizon: the number of past steps that it is held responsible for, from 1 to math.inf; that of the rule, `Rule.horizon`, if None.
             The effect of lr on the weights stays for ever; that of a decay shows within the steps that it averages over.
+        usual: the value that it returns to where hypergradients do not hold it elsewhere, see `guards.Prior`; if None, the default where
+            that can be learned, and otherwise the value that a run starts from.
 
     Raises:
-        ValueError: a horizon below 1.
+        ValueError: a horizon below 1, or a usual value that cannot be learned.
 
     >>> from hyperopt import UnitInterval, hyper
     >>> beta = hyper(0.9, UnitInterval(), horizon=1)
     """
     if horizon is not None:
         horizons.check("hyper(horizon)", horizon)
-    declared = Declared(default, domain, default if above is None else above, horizon)
+    if usual is not None and not domain.inside(usual):
+        raise ValueError(f"hyper(usual) = {usual!r} cannot be learned in {domain!r}: give a value strictly inside")
+    declared = Declared(default, domain, default if above is None else above, horizon, usual)
     return field(default=default, metadata={"hyper": declared})
 
 

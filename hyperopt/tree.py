@@ -14,7 +14,7 @@ from .body.graph import Graph
 from .body.part import EAGER, Part
 from .body.shards import Ranks
 from .domains import Domain, Interval, Positive, Real
-from .guards import Climb, Forget, Guard, Guards, Pace, Trust
+from .guards import Climb, Forget, Guard, Guards, Pace, Prior, Trust
 from .horizons import gamma
 from .hyperparameter import Hyperparameter, Hyperparameters
 from .optimizable import Optimizable
@@ -22,7 +22,7 @@ from .rule import Rule
 from .spec.level import Level
 from .tangents import Tangents
 
-Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "climbing" where lr may
+Records = dict[str, dict[str, Any]]  # by label: "anchor" of each node, "climbing" where lr may, "start" of what has no usual value
 
 
 class Tree:
@@ -88,7 +88,8 @@ class Tree:
         part = Part(level, rule, hypers, tangents, trust, spec.project, compiled=self.compile and not graph, ranks=ranks)
         chosen = choose.body(part, self.params, graph=graph)
         chosen.buffers = buffers
-        guards = self._guards(level, rule, own, domains, trust, nodes, self.records.setdefault(label(level, branch), {}))
+        record = self.records.setdefault(label(level, branch), {})
+        guards = [*self._guards(level, rule, own, domains, trust, nodes, record), *_prior(spec, level, own, domains, record)]
         node = self.nodes[label(level, branch)] = Optimizable(level, chosen, hypers, Guards(guards), nodes, self.skipped)
         return node
 
@@ -149,6 +150,18 @@ class Tree:
         rule = with_zeros(rule, [name for name, h in own.items() if name not in spec.learning and not h.value.any()])
         buffer = Buffer([x], [record["state"]], rule, positions, (low, high))
         return self._node(spec, rule, level, branch, own, [buffer])
+
+
+def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
+    """The guard that takes what is learned, but for lr, back to its usual values; where there are none, to those of the first step."""
+    steps, usual = spec.prior_steps(), {}
+    for name in learned if steps is not None else ():
+        if name != "lr":
+            declared, mine = spec.rule.declared()[name].usual_at(level), own[name]
+            value = mine.value if declared is None else torch.full_like(mine.value, declared)
+            raw = mine.domain.raw(value)
+            usual[name] = raw if declared is not None else record.setdefault("start", {}).setdefault(name, raw).to(raw)
+    return [Prior(usual, steps)] if usual and steps is not None else []
 
 
 def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, str]]:

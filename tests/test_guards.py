@@ -802,7 +802,7 @@ def test_decays_go_at_their_own_pace(above, trust):
 @pytest.mark.parametrize("trust", [0.5, None])
 def test_what_a_level_above_learns_goes_at_that_pace_too(trust):
     """lr and eps of level 1; the lr of the weights goes on at the pace of level 1."""
-    spec = Hyper(Adam, lr=1e-3).stack(Adam, lr=0.2, eps=1e-3, learn=("lr", "eps"), trust=trust).stack(Adam)
+    spec = Hyper(Adam, lr=1e-3).stack(Adam, lr=0.2, eps=1e-3, learn=("lr", "eps"), trust=trust, prior=None).stack(Adam)
     model, optimizer = bound(spec, torch.float64)
     moves = []
     for at in range(8):

@@ -38,7 +38,7 @@ class RMSprop(Rule):
     alpha: float = hyper(0.99, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
     weight_decay: float = hyper(0.0, Positive())
-    momentum: float = hyper(0.0, UnitInterval(), horizon=1)
+    momentum: float = hyper(0.0, UnitInterval(), horizon=1, usual=0.9)
     centered: bool = False
     first_moment = ("momentum",)
 

@@ -32,7 +32,7 @@ class SGD(Rule):
     """
 
     lr: float = hyper(1e-3, Positive(), above=1.0)
-    momentum: float = hyper(0.0, UnitInterval(), horizon=1)
+    momentum: float = hyper(0.0, UnitInterval(), horizon=1, usual=0.9)
     dampening: float = hyper(0.0, UnitInterval(), horizon=1)
     weight_decay: float = hyper(0.0, Positive())
     nesterov: bool = False

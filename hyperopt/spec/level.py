@@ -11,6 +11,7 @@ from typing_extensions import Self
 from .. import horizons
 from ..domains import Domain
 from ..feasible import Feasible
+from ..guards import Prior
 from ..rule import Rule
 from ..tangents import read_by_direction
 from .arguments import PER, STRATEGIES, as_rule, check_domains, named
@@ -31,6 +32,7 @@ class Level:
     learn: tuple[str, ...] | str | None  # what the level above learns: names, "all", or None for lr alone
     horizon: float | str | dict[str, float]  # of all that is learned, of each of some, or "default"; see `horizon_of`
     trust: float | str | None  # the largest change per step, None for no limit, or "default"
+    prior: float | str | None  # the steps in which values return to usual ones, None for never, or "default"
     domains: dict[str, Domain]  # the spaces in which hyperparameters are learned, where they are not the rule's own
     per: str  # one of PER: what has a learned value of its own
     strategy: str  # one of STRATEGIES
@@ -107,6 +109,12 @@ class Level:
         if isinstance(self.trust, str):
             return TRUST_ABOVE if level else self.rule.trust
         return self.trust
+
+    def prior_steps(self) -> float | None:
+        """The number of steps in which what is learned of this level returns to its usual values; None for never."""
+        if isinstance(self.prior, str):
+            return None if self.trust is None else Prior.STEPS
+        return self.prior
 
     def rule_at(self, level: int) -> Rule:
         """The rule of this node when it stands at `level`: above level 0 a rule moves raw values and has other defaults."""
@@ -187,6 +195,9 @@ class Level:
         trust: Any = 1 if self.trust in (None, "default") else self.trust
         if type(trust) not in (int, float) or not 0 < trust < math.inf:
             raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
+        prior: Any = 1 if self.prior in (None, "default") else self.prior
+        if type(prior) not in (int, float) or not 1 <= prior < math.inf:
+            raise ValueError(f"prior = {prior!r} must be a number of steps, at least 1, or None for no prior")
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize must be True or False, got {self.maximize!r}")
         if not isinstance(self.project, Feasible | None):

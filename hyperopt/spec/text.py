@@ -25,6 +25,7 @@ LONGEST = 100_000
 DEFAULTS = {
     "horizon": "default",
     "trust": "default",
+    "prior": "default",
     "domains": {},
     "per": "group",
     "strategy": "tangents",

@@ -33,6 +33,8 @@ class Hyper(Level):
         trust: largest change in one step of what this level moves, while its lr is learned. At level 0 it is relative to the norm of the
             weights (default 0.03; ScheduleFree 0.1, reached linearly over the first 20 steps, also for a value that is given). Above
             level 0 it is the change of a raw hyperparameter (default 0.5). None: no limit.
+        prior: number of steps, at least 1, in which everything learned of this level but lr returns to its usual value, which is the rule's
+            default as a rule, unless hypergradients hold it elsewhere. None: never. Default: 30; None where trust is None.
         domains: for hyperparameters of this level, the space in which they are learned, where it is not the rule's own.
         per: one learned value per "group" of parameters (default), per "tensor" or per "coordinate".
         strategy: "tangents" (default), or "graph" for the paper's autograd graph: a slow reference for horizon 1, with host syncs.
@@ -59,6 +61,7 @@ class Hyper(Level):
         learn: Iterable[str] | str | None = None,
         horizon: float | Mapping[str, float] | str = "default",
         trust: float | str | None = "default",
+        prior: float | str | None = "default",
         domains: Mapping[str, Domain] | None = None,
         per: str = "group",
         strategy: str = "tangents",
@@ -75,7 +78,7 @@ class Hyper(Level):
         values = named(hyperparameters)
         made = as_rule(rule, values)
         vars(self).update(rule=made, given=frozenset(values), learn=names_of(learn), source=source, above={}, height=0, depth=0, count=1)
-        vars(self).update(horizon=plain(horizon, "horizon"), trust=plain(trust))
+        vars(self).update(horizon=plain(horizon, "horizon"), trust=plain(trust), prior=plain(prior))
         vars(self).update(domains={} if domains is None else plain(domains), per=per, strategy=strategy, project=project, maximize=maximize)
         self.check()
         if isinstance(self.learn, tuple) and self.learn:
