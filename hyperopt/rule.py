@@ -30,15 +30,13 @@ class Declared:
     horizon: float | None  # None: that of the rule
     usual: float | None  # None: the default, or where that cannot be learned the value that the user gives
 
-    def usual_at(self, level: int) -> float | None:
-        """The usual value at a level, or None."""
-        usual = self.usual if self.usual is not None else self.above if level else self.default
+    def returns_to(self) -> float | None:
+        """The usual value, or None."""
+        usual = self.default if self.usual is None else self.usual
         return usual if self.domain.inside(usual) else None
 
 
-def hyper(
-    default: float, domain: Domain, *, above: float | None = None, horizon: float | None = None, usual: float | None = None
-) -> Any:
+def hyper(default: float, domain: Domain, *, above: float | None = None, horizon: float | None = None, usual: float | None = None) -> Any:
     """Declare a hyperparameter as a dataclass field of a rule.
 
     Args:

@@ -89,7 +89,7 @@ class Tree:
         chosen = choose.body(part, self.params, graph=graph)
         chosen.buffers = buffers
         record = self.records.setdefault(label(level, branch), {})
-        guards = [*self._guards(level, rule, own, domains, trust, nodes, record), *_prior(spec, level, own, domains, record)]
+        guards = [*self._guards(level, rule, own, domains, trust, nodes, record), *_prior(spec, own, domains, record)]
         node = self.nodes[label(level, branch)] = Optimizable(level, chosen, hypers, Guards(guards), nodes, self.skipped)
         return node
 
@@ -152,15 +152,16 @@ class Tree:
         return self._node(spec, rule, level, branch, own, [buffer])
 
 
-def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
+def _prior(spec: Level, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
     """The guard that takes what is learned, but for lr, back to its usual values; where there are none, to those of the first step."""
     steps, usual = spec.prior_steps(), {}
     for name in learned if steps is not None else ():
         if name != "lr":
-            declared, mine = spec.rule.declared()[name].usual_at(level), own[name]
-            value = mine.value if declared is None else torch.full_like(mine.value, declared)
-            raw = mine.domain.raw(value)
-            usual[name] = raw if declared is not None else record.setdefault("start", {}).setdefault(name, raw).to(raw)
+            declared, mine = spec.rule.declared()[name].returns_to(), own[name]
+            if declared is None:
+                usual[name] = record.setdefault("start", {}).setdefault(name, mine.domain.raw(mine.value)).to(mine.value)
+            else:
+                usual[name] = mine.domain.raw(torch.full_like(mine.value.reshape(-1)[0], declared))
     return [Prior(usual, steps)] if usual and steps is not None else []
 
 

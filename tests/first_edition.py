@@ -26,10 +26,11 @@ def towers() -> dict[str, Hyper]:
     """For each row its rule with lr learned, and with everything learned that the row names; some averages."""
     cases = [case for case in CASES if case.name not in LATER]
     found = {f"{case.name}, lr": Hyper(case.rule).stack(Adam) for case in cases}
-    every = {case.name: Hyper(case.rule, learn=case.learnable, horizon=HORIZON) for case in cases if len(case.learnable) > 1}
+    # The first edition had no prior.
+    every = {case.name: Hyper(case.rule, learn=case.learnable, horizon=HORIZON, prior=None) for case in cases if len(case.learnable) > 1}
     found |= {f"{name}, all": tower.stack(SGD, lr=0.01) for name, tower in every.items()}
     # Of height 1: the first edition had no pace for what is learned above level 0.
-    found["adam, tree"] = Hyper(Adam, lr=0.01, horizon=HORIZON).stack(lr=Adam, beta1=Hyper(SGD, lr=0.1))
+    found["adam, tree"] = Hyper(Adam, lr=0.01, horizon=HORIZON, prior=None).stack(lr=Adam, beta1=Hyper(SGD, lr=0.1))
     found["adam, too high"] = Hyper(Adam, lr=10.0).stack(Adam)
     found["adam, too low"] = Hyper(Adam, lr=1e-7).stack(Adam)
     found["adam, horizon 1"] = Hyper(Adam, lr=0.01, horizon=1).stack(Adam)
@@ -38,7 +39,7 @@ def towers() -> dict[str, Hyper]:
     found["adam, alone"] = Hyper(Adam, lr=0.01)
     for base in (Adam, AdamW, SGD):
         found[f"schedule-free {base.__name__}"] = Hyper(ScheduleFree(base), lr=0.01).stack(Adam)
-    found["schedule-free Adam, two"] = Hyper(ScheduleFree(Adam), lr=0.01, learn=("lr", "beta1")).stack(SGD, lr=0.01)
+    found["schedule-free Adam, two"] = Hyper(ScheduleFree(Adam), lr=0.01, learn=("lr", "beta1"), prior=None).stack(SGD, lr=0.01)
     found["averaged Adam"] = Hyper(Averaged(Adam), lr=0.01).stack(Adam)
     return found
 

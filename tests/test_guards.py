@@ -9,7 +9,7 @@ import torch
 from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Positive, Real, ScheduleFree, UnitInterval
+from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, RMSprop, ScheduleFree, UnitInterval
 from hyperopt.body.arithmetic import OnHost, Selected
 from hyperopt.body.blocks import combined, length
 from hyperopt.guards import Pace, is_finite
@@ -814,6 +814,88 @@ def test_what_a_level_above_learns_goes_at_that_pace_too(trust):
     assert of_weights > 10 * Pace.LIMIT
     for move in above:
         assert move == pytest.approx(Pace.LIMIT) if trust else move > 10 * Pace.LIMIT
+
+
+# ---- prior
+
+
+def returns(spec, name, steps=12, **options):
+    """The raw values of one learned hyperparameter after each step, where what is learned moves by next to nothing."""
+    model, optimizer = bound(spec.stack(SGD, lr=1e-30, **options), torch.float64)
+    raw = [spec.domain(name).raw(torch.tensor(spec.rule.value(name), dtype=torch.float64))]
+    for at in range(steps):
+        train(model, optimizer, range(at, at + 1))
+        raw.append(spec.domain(name).raw(optimizer.hyperparameters()[f"0.{name}"]))
+    return raw, optimizer
+
+
+@pytest.mark.parametrize("prior", ["default", 30, 7, 1])
+@pytest.mark.parametrize(
+    ("spec", "name", "usual"),
+    [
+        (Hyper(Adam, beta1=0.1, eps=1e-3, learn="all"), "beta1", 0.9),
+        (Hyper(Adam, eps=1.0, learn=("eps",)), "eps", 1e-8),
+        (Hyper(SGD, momentum=0.1, learn=("lr", "momentum")), "momentum", 0.9),  # the default, 0, cannot be learned
+        (Hyper(Adam, eps=1.0, domains={"eps": Interval(0, 2)}, learn=("lr", "eps")), "eps", 1e-8),
+    ],
+    ids=str,
+)
+def test_what_no_hypergradient_moves_returns_to_its_usual_value(spec, name, usual, prior):
+    """By 1/steps of the distance that is left, from the first step on that learns: the second."""
+    spec = spec if prior == "default" else Hyper(spec.rule, learn=spec.learn, domains=spec.domains, prior=prior)
+    raw, _ = returns(spec, name)
+    target = spec.domain(name).raw(torch.tensor(usual, dtype=torch.float64))
+    factor = 1 - 1 / (30 if prior == "default" else prior)
+    for t, found in enumerate(raw[1:], start=1):
+        assert float(found) == pytest.approx(float(target + (raw[0] - target) * factor ** (t - 1)), rel=1e-6)
+
+
+def test_lr_has_no_usual_value_and_what_has_none_stays_where_it_started():
+    spec = Hyper(AdamW, lr=0.01, weight_decay=0.3, learn=("lr", "weight_decay"), trust=1)
+    raw, optimizer = returns(spec, "weight_decay")
+    assert max(abs(float(each - raw[0])) for each in raw) < 1e-12
+    assert float(optimizer.hyperparameters()["0.lr"]) == pytest.approx(0.01, rel=1e-12)
+    # It is the first value also after another one was assigned, and in a copy.
+    model, optimizer = bound(spec.stack(SGD, lr=1e-30), torch.float64)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["weight_decay"] = 0.6
+    train(model, optimizer, range(2, 3))
+    model, optimizer = copy.deepcopy((model, optimizer))
+    train(model, optimizer, range(3, 5))
+    expected = 0.3 * 2 ** ((29 / 30) ** 2)
+    assert float(optimizer.hyperparameters()["0.weight_decay"]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"prior": None}, {"trust": None}], ids=str)
+def test_without_a_prior_values_stay(options):
+    raw, _ = returns(Hyper(Adam, beta1=0.1, learn=("lr", "beta1"), **options), "beta1")
+    assert max(abs(float(each - raw[0])) for each in raw) < 1e-6
+
+
+def test_a_prior_that_is_given_is_at_work_without_trust():
+    raw, _ = returns(Hyper(Adam, beta1=0.1, learn=("lr", "beta1"), trust=None, prior=2), "beta1", steps=40)
+    assert float(raw[-1]) == pytest.approx(math.log(9), rel=1e-6)
+
+
+def test_above_level_0_the_usual_value_is_the_default_there():
+    spec = Hyper(Adam).stack(RMSprop, alpha=0.3, eps=1e-3, learn="all", prior=2).stack(SGD, lr=1e-30)
+    model, optimizer = bound(spec, torch.float64)
+    train(model, optimizer, range(40))
+    found = optimizer.hyperparameters()
+    assert float(found["1.alpha"]) == pytest.approx(0.99, rel=1e-6)
+    assert float(found["1.eps"]) == pytest.approx(1e-8, rel=1e-4)
+    assert float(found["1.lr"]) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_a_hypergradient_that_is_not_finite_leaves_values_where_they_are():
+    model, optimizer = bound(Hyper(Adam, beta1=0.1, learn=("lr", "beta1")).stack(Adam), torch.float64)
+    train(model, optimizer, range(3))
+    for p in model.parameters():
+        optimizer.state[p]["Z.beta1"].fill_(math.nan)
+    before = optimizer.hyperparameters()["0.beta1"].clone()
+    train(model, optimizer, range(3, 4))
+    assert optimizer.skipped["hypergradients"] == 1
+    assert torch.equal(optimizer.hyperparameters()["0.beta1"], before)
 
 
 def test_a_copy_of_a_guarded_run_is_guarded():

@@ -111,6 +111,7 @@ def programs(draw: Any, height: int) -> Program:
         keywords["learn"] = draw(st.sampled_from([None, None, learnable, learnable, "all"]))
     keywords["horizon"] = draw(st.sampled_from(["default", "default", 1, 10, math.inf]))
     keywords["trust"] = draw(st.sampled_from(["default", "default", "default", None]))
+    keywords["prior"] = draw(st.sampled_from(["default", "default", 1, None]))
     keywords["per"] = draw(st.sampled_from(["group"] * 6 + ["tensor", "coordinate"]))
     keywords["project"] = draw(st.sampled_from([None] * 8 + [Box(-1, 1), Ball(3)]))
     keywords["maximize"] = draw(st.sampled_from([False] * 7 + [True]))

@@ -286,6 +286,16 @@ class Pace(Guard):
         return r | {n: r[n].clamp(before[n] - self.most, before[n] + self.most) for n in self.names}
 
 
+class Prior(Guard):
+    """Everything but lr goes back to its usual value by a thirtieth of the distance a step, whatever moved it."""
+
+    def __init__(self, usual, steps):
+        self.usual, self.steps = usual, steps
+
+    def moved(self, before, r, q):
+        return r | {n: r[n] + (raw - before[n]) / self.steps for n, raw in self.usual.items()}
+
+
 class Trust(Guard):
     """lr is scaled down until the step is as large as trust allows, and learned on from there. A value that a user wrote is left alone."""
 
@@ -501,10 +511,21 @@ class Hyper:
     """A tower, with the keywords of `hyperopt.Hyper`."""
 
     def __init__(
-        self, rule, *, learn=("lr",), horizon=None, trust="default", domains=None, per="group", project=None, maximize=False, **given
+        self,
+        rule,
+        *,
+        learn=("lr",),
+        horizon=None,
+        trust="default",
+        prior="default",
+        domains=None,
+        per="group",
+        project=None,
+        maximize=False,
+        **given,
     ):
         self.rule = rule() if isinstance(rule, type) else rule
-        self.learn, self.horizon, self.trust = learn, horizon, trust
+        self.learn, self.horizon, self.trust, self.prior = learn, horizon, trust, prior
         self.domains, self.per, self.project, self.maximize, self.given = domains or {}, per, project, maximize, given
         self.above = {}
 
@@ -533,6 +554,14 @@ class Hyper:
     def horizon_of(self, name):
         given = self.horizon.get(name) if isinstance(self.horizon, dict) else self.horizon
         return given or self.rule.horizons.get(name, self.rule.horizon)
+
+    def priors(self, level, values):
+        """The guard that goes back to usual values: the rule's defaults, or what a run started from where these cannot be learned."""
+        steps = self.prior if self.prior != "default" else None if self.trust is None else 30
+        usual = {**self.rule.defaults, **(self.rule.defaults_above if level else {}), "momentum": 0.9}
+        learned = [n for n in self.learn if n != "lr"] if self.above and steps else []
+        usual = {n: numbers(usual[n]) if n != "weight_decay" and 0 < usual[n] else values[n] for n in learned}
+        return [Prior({n: self.domain(n).raw(value) for n, value in usual.items()}, steps)] if usual else []
 
     def guards(self, level, lr, trust_above):
         """What limits this level, in the order in which it is asked; nothing with trust=None."""
@@ -582,7 +611,7 @@ class Hyper:
             {n: self.domain(n) for n in values},
             above,
             {n: self.horizon_of(n) for n in learn},
-            self.guards(level, values["lr"], trust_above),
+            self.guards(level, values["lr"], trust_above) + self.priors(level, values),
             self.trust_at(level) if limited else math.inf,
             self.project,
             numbers(*limits).unbind(1) if level else (-math.inf, math.inf),
