@@ -47,11 +47,14 @@ def held(eta: float, running_max: bool, **options: Any) -> Hyper:
     return Hyper(Exponent, lr=1e-3, beta1=1e-3, eta=eta, running_max=running_max, **options)
 
 
+# Without a prior, which would take eta back to 2: the question is where the hypergradients take it.
 METHODS = {
     "held": training.Method("eta and lr held", held, "C7"),
-    "eta": training.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta").stack(Adam), "C0"),
+    "eta": training.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta", prior=None).stack(Adam), "C0"),
     "lr": training.Method("lr learned", lambda eta, maximum: held(eta, maximum).stack(Adam), "C1", "--"),
-    "both": training.Method("lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta")).stack(Adam), "C2", "-."),
+    "both": training.Method(
+        "lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta"), prior=None).stack(Adam), "C2", "-."
+    ),
 }
 REFERENCES: dict[str, Any] = {
     "torch.optim.Adam": partial(training.reference, Hyper(Adam, lr=1e-3), None),

@@ -38,7 +38,7 @@ from hyperopt import Hyper, Recorder
 IMAGES, BATCH = 1000, 100
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 DATASETS = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
-LEARNED = "AdamW(weight_decay={}, learn=(lr, weight_decay)) / Adam"
+LEARNED = "AdamW(weight_decay={}, learn=(lr, weight_decay), prior=None) / Adam"
 # For each method: label, tower, whether it learns from the held-out loss, number of training images.
 METHODS = {
     "held": ("lr from the training loss, weight decay held", "AdamW(weight_decay={}) / Adam", False, IMAGES),

@@ -32,6 +32,8 @@ class Size(NamedTuple):
 class Guard:
     """One guard of one node."""
 
+    held_out = True  # whether it also minds moves by hypergradients of a held-out loss
+
     def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
         """The raw values to use, where the level above has moved them from `before` to `r` by the hypergradients `q`."""
         return r
@@ -102,7 +104,8 @@ class Prior(Guard):
     where they say something it stays between the two. lr has no usual value.
 
     What a hyperparameter such as a beta does to the next loss is a biased witness of what it does to a run, and the bias is there in every
-    step: beta1 goes to .4 and beta2 to 1 wherever they are learned, eps through many decades, weight decay to 1e-15.
+    step: beta1 goes to .4 and beta2 to 1 wherever they are learned, eps through many decades, weight decay to 1e-15. A held-out loss has
+    no such bias, and what is learned from it has no prior.
 
     Args:
         usual: the raw value of each hyperparameter that has one.
@@ -112,6 +115,7 @@ class Prior(Guard):
     # Of 30, 100 and 300 the best, see docs/guards.md: a small GPT of which everything is learned ends at 1.88, 1.98 with 100 steps, 1.86
     # with lr alone (validation loss, one seed); without a prior it was .4 worse.
     STEPS = 30.0
+    held_out = False
 
     def __init__(self, usual: Raw, steps: float) -> None:
         self.usual, self.steps = usual, steps
@@ -185,9 +189,11 @@ class Guards:
         self.movers = [guard for guard in guards if type(guard).moved is not Guard.moved]
         self.sizers = [guard for guard in guards if type(guard).sized is not Guard.sized]
 
-    def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
+    def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor, *, held_out: bool) -> Raw:
+        """See `Guard.moved`; `held_out`: `q` is of a loss that the weights do not descend."""
         for guard in self.movers:
-            r = guard.moved(before, r, q, ok)
+            if guard.held_out or not held_out:
+                r = guard.moved(before, r, q, ok)
         return r
 
     def sized(self, r: Raw, size: Size | None, ok: Tensor) -> tuple[Raw, Tensor | None]:

@@ -54,7 +54,7 @@ class Optimizable:
         run = self.body.run  # as it is, or compiled
         finite, pulled = self.body.pull(gs, learn and q is None)  # first pass over x: is g finite? q = Zᵀg
         ok = ok if finite is None else ok * finite
-        r, sound = run(self.learn, pulled if q is None else q, ok)
+        r, sound = run(self.learn, pulled if q is None else q, ok, q is not None)
         r = self.hypers.assigned(r)  # what a user wrote wins
         size = self.body.measure(r, ok)  # ‖Δ‖ relative to ‖x‖ at r
         r, keep = run(self.guards.sized, r, size, ok)  # trust, forgetting
@@ -63,7 +63,7 @@ class Optimizable:
         if not self.level:
             self.skipped[0].add_(1 - ok)
 
-    def learn(self, q: Raw, ok: Tensor) -> tuple[Raw, dict[str, Tensor]]:
+    def learn(self, q: Raw, ok: Tensor, held_out: bool) -> tuple[Raw, dict[str, Tensor]]:
         """Step the levels above: the raw hyperparameters of this step, and 1. for each hypergradient that is finite, 0. otherwise."""
         before = self.hypers.raw()
         if not q:
@@ -77,7 +77,7 @@ class Optimizable:
         for names, node in self.above:
             node.step([side_by_side(q, names)], fine)
         self.q = q
-        return self.guards.moved(before, self.hypers.raw(), q, fine), sound
+        return self.guards.moved(before, self.hypers.raw(), q, fine, held_out=held_out), sound
 
 
 def side_by_side(q: Raw, names: Sequence[str]) -> Tensor:

@@ -877,6 +877,17 @@ def test_a_prior_that_is_given_is_at_work_without_trust():
     assert float(raw[-1]) == pytest.approx(math.log(9), rel=1e-6)
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_held_out_loss_needs_no_prior(compile):
+    model = net(torch.float32)
+    optimizer = Hyper(Adam, beta1=0.1, learn=("lr", "beta1")).stack(SGD, lr=1e-30).bind(model.parameters(), compile=compile)
+    for at in range(8):
+        optimizer.hyper_backward(loss_at(model, 50 + at)) if at > 3 else None
+        train(model, optimizer, range(at, at + 1))
+        found = float(optimizer.hyperparameters()["0.beta1"].logit())
+        assert found == pytest.approx(math.log(9) + (math.log(1 / 9) - math.log(9)) * (29 / 30) ** min(at, 3), rel=1e-5)
+
+
 def test_above_level_0_the_usual_value_is_the_default_there():
     spec = Hyper(Adam).stack(RMSprop, alpha=0.3, eps=1e-3, learn="all", prior=2).stack(SGD, lr=1e-30)
     model, optimizer = bound(spec, torch.float64)

@@ -11,8 +11,9 @@ from hyperopt import SGD, Adam, Averaged, Hyper, ScheduleFree
 
 TOWERS = {
     "displacement": Hyper(Adam, lr=0.01).stack(Adam),
-    "tangents": Hyper(Adam, lr=0.01, eps=1e-3, learn=("lr", "beta1", "eps")).stack(SGD, lr=0.1),
-    "tree": Hyper(SGD, lr=0.05, momentum=0.5).stack(lr=Adam, momentum=SGD),
+    # What is learned beside lr has a prior, but not where it is learned from a held-out loss.
+    "tangents": Hyper(Adam, lr=0.01, eps=1e-3, learn=("lr", "beta1", "eps"), prior=None).stack(SGD, lr=0.1),
+    "tree": Hyper(SGD, lr=0.05, momentum=0.5, prior=None).stack(lr=Adam, momentum=SGD),
     "ascent": Hyper(SGD, lr=0.05, maximize=True).stack(Adam),
     "per tensor": Hyper(Adam, lr=0.01, per="tensor").stack(Adam),
 }

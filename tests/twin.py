@@ -287,7 +287,7 @@ class Pace(Guard):
 
 
 class Prior(Guard):
-    """Everything but lr goes back to its usual value by a thirtieth of the distance a step, whatever moved it."""
+    """Everything but lr goes back to its usual value by a thirtieth of the distance a step, unless a held-out loss has moved it."""
 
     def __init__(self, usual, steps):
         self.usual, self.steps = usual, steps
@@ -408,7 +408,8 @@ class Node:
             node.step([torch.cat([q[n] for n in names])])
         r = self.r
         for guard in self.guards:
-            r = guard.moved(before, r, q)
+            if not (self.held_out and isinstance(guard, Prior)):
+                r = guard.moved(before, r, q)
         return r, finite
 
     def take(self, part, g, r, keep):
@@ -560,7 +561,7 @@ class Hyper:
         steps = self.prior if self.prior != "default" else None if self.trust is None else 30
         usual = {**self.rule.defaults, **(self.rule.defaults_above if level else {}), "momentum": 0.9}
         learned = [n for n in self.learn if n != "lr"] if self.above and steps else []
-        usual = {n: numbers(usual[n]) if n != "weight_decay" and 0 < usual[n] else values[n] for n in learned}
+        usual = {n: numbers(usual[n]) if n != "weight_decay" and usual[n] > 0 else values[n] for n in learned}
         return [Prior({n: self.domain(n).raw(value) for n, value in usual.items()}, steps)] if usual else []
 
     def guards(self, level, lr, trust_above):

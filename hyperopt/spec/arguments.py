@@ -65,6 +65,14 @@ def as_rule(rule: Any, values: Mapping[str, Any]) -> Rule:
     return dataclasses.replace(template, **{name: plain(template.value(name)) for name in template.declared()} | values)
 
 
+def check_guards(trust: Any, prior: Any) -> None:
+    """Raise ValueError unless these are numbers in bounds, None or "default"."""
+    if trust not in (None, "default") and (type(trust) not in (int, float) or not 0 < trust < math.inf):
+        raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
+    if prior not in (None, "default") and (type(prior) not in (int, float) or not 1 <= prior < math.inf):
+        raise ValueError(f"prior = {prior!r} must be a number of steps, at least 1, or None for no prior")
+
+
 def check_domains(domains: Any, known: Sequence[str], rule: str) -> None:
     """Raise unless `domains` maps names of hyperparameters of a rule, which are `known`, to domains."""
     if not isinstance(domains, Mapping):

@@ -1,7 +1,6 @@
 """`Level`: one level of a tower and the levels above it, as plain values."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..feasible import Feasible
 from ..guards import Prior
 from ..rule import Rule
 from ..tangents import read_by_direction
-from .arguments import PER, STRATEGIES, as_rule, check_domains, named
+from .arguments import PER, STRATEGIES, as_rule, check_domains, check_guards, named
 
 # Largest change of a raw hyperparameter per step above level 0. Of the lr of the weights; what is learned above them moves at a pace of its
 # own, see `guards.Pace`.
@@ -112,9 +111,7 @@ class Level:
 
     def prior_steps(self) -> float | None:
         """The number of steps in which what is learned of this level returns to its usual values; None for never."""
-        if isinstance(self.prior, str):
-            return None if self.trust is None else Prior.STEPS
-        return self.prior
+        return self.prior if not isinstance(self.prior, str) else None if self.trust is None else Prior.STEPS
 
     def rule_at(self, level: int) -> Rule:
         """The rule of this node when it stands at `level`: above level 0 a rule moves raw values and has other defaults."""
@@ -192,12 +189,7 @@ class Level:
         declared = self.rule.declared()
         check_domains(self.domains, tuple(declared), type(self.rule).__name__)
         horizons.check_given(self.horizon, tuple(declared), type(self.rule).__name__)
-        trust: Any = 1 if self.trust in (None, "default") else self.trust
-        if type(trust) not in (int, float) or not 0 < trust < math.inf:
-            raise ValueError(f"trust = {trust!r} must be a positive number, or None for no limit")
-        prior: Any = 1 if self.prior in (None, "default") else self.prior
-        if type(prior) not in (int, float) or not 1 <= prior < math.inf:
-            raise ValueError(f"prior = {prior!r} must be a number of steps, at least 1, or None for no prior")
+        check_guards(self.trust, self.prior)
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize must be True or False, got {self.maximize!r}")
         if not isinstance(self.project, Feasible | None):
