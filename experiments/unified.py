@@ -1,6 +1,6 @@
 """Whether a tower that starts near Adam and learns the coefficients of Unified, which contains other rules, finds one better than Adam.
 
-    python -m experiments.unified --jobs 2       resumes if it was stopped
+    python -m experiments.unified                33 minutes on one core of a busy machine; resumes if it was stopped
     python -m experiments.unified --figures      the table and the figure from existing results
 
 Four workloads: the MLP on MNIST (3 epochs, three seeds), the char-RNN on War and Peace (400 steps, two seeds), ResNet-20 on 20,000 images
@@ -13,7 +13,7 @@ an lr of 1e-3 at first and Adam with defaults as their level 1. All runs of a se
   coefficient moves by at most .005 in a step and returns to its start within 30 steps, so that it stays within .15 of it.
 - no prior: the same with prior=None. In 400 steps, a logit can move by 2.
 
-In float32 the smallest damping that is learned is 7.2e-8, so that damping begins there.
+In float32 the smallest damping that is learned is 7.2e-8, so that damping jumps there in the first step; the prior takes it back below.
 
 Of every run, the learned lr is replayed on torch.optim.Adam, whose other values are its defaults. A run that is better than its replay
 owes it to the coefficients; one that is better than `Adam / Adam` may owe it to another lr. All towers are compiled, which makes the steps
