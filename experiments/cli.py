@@ -110,3 +110,51 @@ def cifar_command(
         publish(store, table(store), draw)
 
     return command(main)
+
+
+def problems_command(
+    script: str,
+    seeds: Mapping[str, int],
+    plan: Callable[[list[str], int | None, str, Path], Mapping[str, Callable[[], dict[str, Any]]]],
+    table: Callable[[Store], str],
+    draw: Callable[[Store, Path], None],
+    alone: Callable[[list[str], int | None, str], Mapping[str, Callable[[], dict[str, Any]]]] | None = None,
+) -> typer.Typer:
+    """The command line of a script that trains on several workloads.
+
+    Args:
+        script: name of the script, which its results have too.
+        seeds: number of seeds of each workload, by name.
+        plan: returns all runs by key, from the names of the workloads, the number of steps if not the protocol's, the device, and the
+            folder of the logs.
+        table: returns the results in Markdown.
+        draw: draws the figure.
+        alone: returns measurements that run after all others and one at a time, as times do, from the first three arguments of `plan`.
+    """
+
+    def main(
+        workload: list[str] | None = None,
+        steps: Annotated[int | None, typer.Option(min=1, help="steps of each run, in place of the protocol's")] = None,
+        jobs: Jobs = 1,
+        device: Device = "cpu",
+        again: Again = None,
+        out: Out = RESULTS,
+        log: Log = Path("runs") / script,
+        figures: Figures = False,
+    ) -> None:
+        """Run what is missing, print the table and draw the figure."""
+        names = workload or list(seeds)
+        if unknown := set(names) - set(seeds):
+            raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(seeds)}", param_hint="--workload")
+        torch.set_num_threads(1)
+        store = Store(out / f"{script}.json", steps=steps, seeds=max(seeds.values()), device=device)
+        store.forget(again or ())
+        if not figures:
+            store.complete(plan(names, steps, device, log), jobs)
+            store.complete(alone(names, steps, device) if alone else {})
+        publish(store, table(store), draw)
+
+    # Not in the signature, where an annotation is text and cannot name what is local.
+    only = typer.Option(help=f"only this one of {', '.join(seeds)}; may be repeated")
+    main.__annotations__["workload"] = Annotated[list[str] | None, only]
+    return command(main)

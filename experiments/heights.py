@@ -22,7 +22,6 @@ Writes heights.json (every run), .md and .png to experiments/results.
 
 from __future__ import annotations
 
-import math
 import statistics
 import textwrap
 import time
@@ -30,11 +29,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -119,8 +116,7 @@ def label(name: str, kind: str, height: int, start: float) -> str:
 
 def problem(name: str, steps: int | None) -> Workload:
     """The workload, shortened to `steps` if they are given."""
-    workload = PROBLEMS[name].workload
-    return replace(workload, steps=steps, title=f"{workload.title}, but {steps} steps") if steps else workload
+    return PROBLEMS[name].workload.shortened(steps)
 
 
 def plan(names: list[str], steps: int | None, device: str, log: Path) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -273,31 +269,12 @@ def _time(axes: Axes, store: Store, name: str) -> None:
     plots.finish(axes)
 
 
-def main(
-    workload: Annotated[list[str] | None, typer.Option(help=f"only this one of {', '.join(PROBLEMS)}; may be repeated")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="steps of each run, in place of the protocol's")] = None,
-    jobs: cli.Jobs = 1,
-    device: cli.Device = "cpu",
-    again: cli.Again = None,
-    out: cli.Out = cli.RESULTS,
-    log: cli.Log = Path("runs/heights"),
-    figures: cli.Figures = False,
-) -> None:
-    """Run what is missing, print the tables and draw the figure."""
-    names = workload or list(PROBLEMS)
-    if unknown := set(names) - set(PROBLEMS):
-        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(PROBLEMS)}", param_hint="--workload")
-    torch.set_num_threads(1)
-    store = Store(out / "heights.json", steps=steps, seeds=max(each.seeds for each in PROBLEMS.values()), device=device)
-    store.forget(again or ())
-    if not figures:
-        store.complete(plan(names, steps, device, log), jobs)
-        timed = {name: min(PROBLEMS[name].timed, steps or math.inf) for name in names}
-        store.complete({f"{name} | time": partial(times, name, int(count), device) for name, count in timed.items()})
-    cli.publish(store, table(store), draw)
+def timings(names: list[str], steps: int | None, device: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The measurements of time by their key."""
+    return {f"{name} | time": partial(times, name, min(PROBLEMS[name].timed, steps or PROBLEMS[name].timed), device) for name in names}
 
 
-app = cli.command(main)
+app = cli.problems_command("heights", {name: each.seeds for name, each in PROBLEMS.items()}, plan, table, draw, alone=timings)
 
 if __name__ == "__main__":
     app()

@@ -21,11 +21,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
 from matplotlib.figure import Figure
 
 from experiments import cli, plots, provenance, tables, training
@@ -61,7 +59,7 @@ def tower(kind: str, height: int, top: float) -> Hyper:
 def problem(name: str, steps: int | None) -> Workload:
     """The workload, shortened to `steps` if they are given."""
     workload, _ = PROBLEMS[name]
-    return replace(workload, steps=steps, title=f"{workload.title}, but {steps} steps") if steps else workload
+    return workload.shortened(steps)
 
 
 def label(name: str, kind: str, height: int, top: float) -> str:
@@ -138,29 +136,7 @@ def draw(store: Store, path: Path) -> None:
     figure.savefig(path, dpi=72)
 
 
-def main(
-    workload: Annotated[list[str] | None, typer.Option(help=f"only this one of {', '.join(PROBLEMS)}; may be repeated")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="steps of each run, in place of the protocol's")] = None,
-    jobs: cli.Jobs = 1,
-    device: cli.Device = "cpu",
-    again: cli.Again = None,
-    out: cli.Out = cli.RESULTS,
-    log: cli.Log = Path("runs/tops"),
-    figures: cli.Figures = False,
-) -> None:
-    """Run what is missing, print the table and draw the figure."""
-    names = workload or list(PROBLEMS)
-    if unknown := set(names) - set(PROBLEMS):
-        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(PROBLEMS)}", param_hint="--workload")
-    torch.set_num_threads(1)
-    store = Store(out / "tops.json", steps=steps, seeds=max(seeds for _, seeds in PROBLEMS.values()), device=device)
-    store.forget(again or ())
-    if not figures:
-        store.complete(plan(names, steps, device, log), jobs)
-    cli.publish(store, table(store), draw)
-
-
-app = cli.command(main)
+app = cli.problems_command("tops", {name: seeds for name, (_, seeds) in PROBLEMS.items()}, plan, table, draw)
 
 if __name__ == "__main__":
     app()

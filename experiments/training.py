@@ -63,6 +63,7 @@ def train(
     points: int = 50,
     validation: bool = False,
     tested: bool = False,
+    twin: Hyper | None = None,
     device: str = "cpu",
     log: Path | None = None,
     observe: Callable[[nn.Module, SummaryWriter, int], None] | None = None,
@@ -79,6 +80,8 @@ def train(
         points: maximal number of points of each learned schedule in the result.
         validation: measure on held-out training data in place of the test data.
         tested: measure the trained model on the test data too, as `test` in the result.
+        twin: the tower whose rule `after` runs on torch.optim, where this run's rule has no twin there; of the learned values it is given
+            those that both rules have.
         device: where the model is trained.
         log: folder for TensorBoard; None writes nothing.
         observe: called with the model, the TensorBoard writer and the step after each evaluation, if `log` is given.
@@ -149,7 +152,9 @@ def train(
         values = {name.removeprefix("0."): column for name, column in recorder.values.items() if name.startswith("0.")}
         for what in after:
             shown = {name: column[-1:] for name, column in values.items()} if what == HELD else values
-            again = train(workload, partial(replayed, towers[0].tower, shown), seed, validation=validation, device=device)
+            if twin:
+                shown = {name: column for name, column in shown.items() if name.partition("[")[0] in twin.rule.declared()}
+            again = train(workload, partial(replayed, twin or towers[0].tower, shown), seed, validation=validation, device=device)
             result[what] = {name: again[name] for name in ("metric", "loss", "steps", "seconds")}
     return result
 

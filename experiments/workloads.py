@@ -55,6 +55,10 @@ class Workload:
         """Mean cross entropy."""
         return cross_entropy(model(x).flatten(0, -2), y.flatten())
 
+    def shortened(self, steps: int | None) -> Workload:
+        """The same workload with so many steps, if they are given."""
+        return replace(self, steps=steps, title=f"{self.title}, but {steps} steps") if steps else self
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, validation: bool = False) -> float:
         """The metric on the test data, or on held-out training data."""

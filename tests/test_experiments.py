@@ -419,6 +419,7 @@ SCRIPTS = [
     "robustness",
     "tops",
     "tune",
+    "unified",
     "useful",
     "zoo",
 ]

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import StepLR
 from typer import BadParameter
 from typer.testing import CliRunner
 
-from experiments import data, heights, mnist_table, models, pool, provenance, published, tables, tops, training, workloads
+from experiments import data, heights, mnist_table, models, pool, provenance, published, tables, tops, training, unified, workloads
 from experiments.store import Store
 from experiments.training import HELD, REPLAYED
 from experiments.workloads import WORKLOADS
@@ -448,3 +448,50 @@ def test_tops_run_resume_and_draw(small, tmp_path, monkeypatch):
     outcome = CliRunner().invoke(tops.app, ["--workload", "cnn"])
     assert outcome.exit_code == 2
     assert "cnn is none of mlp, rnn, resnet" in outcome.output
+
+
+# ---- unified
+
+
+def test_a_rule_without_a_twin_is_followed_by_that_of_another(small):
+    spec = "Unified(nesterov=0.01, learn=(lr, nesterov)) / Adam"
+    found = training.train(small, spec, 1, after=(HELD, REPLAYED), twin=Hyper(Adam))
+    lrs = found["courses"]["0.lr"]
+    assert max(lrs) > 1.5 * min(lrs), "nothing was learned: the comparisons below say nothing"
+    by_hand = training.train(small, partial(training.replayed, Hyper(Adam), {"lr": lrs}), 1)
+    assert found[REPLAYED]["loss"] == pytest.approx(by_hand["loss"], rel=1e-4)
+    assert found[HELD]["loss"] == pytest.approx(training.train(small, f"Adam(lr={lrs[-1]})", 1)["loss"], rel=1e-3)
+    assert found[REPLAYED]["loss"] != found["loss"], "nesterov was replayed too"
+
+
+def test_the_towers_of_unified_learn_all_coefficients_with_and_without_the_prior():
+    (_, adam), (_, prior), (_, free) = unified.METHODS.values()
+    assert str(adam) == "Adam / Adam"
+    assert prior.learned == free.learned == ("lr", "damping", "nesterov", "amsgrad", "adopt", "correction")
+    assert (prior.prior_steps(), free.prior_steps()) == (30, None)
+    assert len(unified.plan(["mlp"], 1, "cpu", Path("log"))) == 3 * len(unified.plan(["resnet"], 1, "cpu", Path("log"))) == 9
+
+
+def test_unified_runs_resumes_and_draws(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(unified, "PROBLEMS", {name: (replace(small, title=name), 1) for name in unified.PROBLEMS})
+    # Compiling takes longer than these steps.
+    monkeypatch.setattr(unified, "compiled", lambda tower, model: [tower.bind(model.parameters())])
+    path = tmp_path / "unified.json"
+
+    def invoke(*arguments):
+        return CliRunner().invoke(unified.app, ["--steps", "3", "--out", str(tmp_path), "--log", str(tmp_path / "log"), *arguments])
+
+    outcome = invoke("--workload", "gpt")
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(path.read_text())["runs"].keys() == {f"gpt | {method} | 0" for method in unified.METHODS}
+    assert invoke().exit_code == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert len(runs) == 4 * 3
+    rows = [line.split(" | ") for line in path.with_suffix(".md").read_text().splitlines()[4:]]
+    for row, run in zip(rows, (runs[f"{name} | {method} | 0"] for name in unified.PROBLEMS for method in unified.METHODS), strict=True):
+        assert row[4:6] == [f"{run['metric']:.2f}", f"{run[REPLAYED]['metric']:.2f}"]
+    before = path.stat().st_mtime_ns
+    path.with_suffix(".png").unlink()
+    assert invoke("--figures").exit_code == 0
+    assert path.stat().st_mtime_ns == before
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
