@@ -93,6 +93,7 @@ def _check_tensor(
         raise ValueError(f"the checkpoint's {what} has shape {tuple(value.shape)} for a parameter of shape {wanted}: {WRITTEN}")
     if finite and value.numel() and (mine := shards.local(value)).numel():
         least, most = (float(end) for end in mine.aminmax())
+        low, high = (float(torch.tensor(end, dtype=value.dtype)) for end in (low, high))  # as what is clamped there is rounded
         if not (low <= least and most <= high and math.isfinite(least) and math.isfinite(most)):
             raise ValueError(f"the checkpoint's {what} has values from {least:g} to {most:g}, outside [{low:g}, {high:g}]: {WRITTEN}")
 

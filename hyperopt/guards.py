@@ -122,7 +122,7 @@ class Prior(Guard):
 
     def moved(self, before: Raw, r: Raw, q: Raw, ok: Tensor) -> Raw:
         share = ok / self.steps
-        return {**r, **{name: r[name] + share * (usual - before[name]) for name, usual in self.usual.items()}}
+        return {**r, **{name: r[name].lerp(usual, share) for name, usual in self.usual.items()}}
 
 
 class Trust(Guard):

@@ -158,10 +158,9 @@ def _prior(spec: Level, own: Mapping[str, Hyperparameter], learned: Collection[s
     for name in learned if steps is not None else ():
         if name != "lr":
             declared, mine = spec.rule.declared()[name].returns_to(), own[name]
-            if declared is None:
-                usual[name] = record.setdefault("start", {}).setdefault(name, mine.domain.raw(mine.value)).to(mine.value)
-            else:
-                usual[name] = mine.domain.raw(torch.full_like(mine.value.reshape(-1)[0], declared))
+            value = mine.value if declared is None else torch.full_like(mine.value.reshape(-1)[0], declared)
+            raw = mine.domain.raw(value).clamp(*mine.limits)  # float32 may not reach the default: a damping of 1e-8
+            usual[name] = record.setdefault("start", {}).setdefault(name, raw).to(raw) if declared is None else raw
     return [Prior(usual, steps)] if usual and steps is not None else []
 
 

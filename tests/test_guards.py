@@ -9,7 +9,7 @@ import torch
 from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, RMSprop, ScheduleFree, UnitInterval
+from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, RMSprop, ScheduleFree, Unified, UnitInterval
 from hyperopt.body.arithmetic import OnHost, Selected
 from hyperopt.body.blocks import combined, length
 from hyperopt.guards import Pace, is_finite
@@ -864,6 +864,15 @@ def test_lr_has_no_usual_value_and_what_has_none_stays_where_it_started():
     train(model, optimizer, range(3, 5))
     expected = 0.3 * 2 ** ((29 / 30) ** 2)
     assert float(optimizer.hyperparameters()["0.weight_decay"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_values_stay_where_a_checkpoint_may_hold_them():
+    """A usual value beyond what float32 can learn, and moves from one end to the other, with a pull on top of them."""
+    spec = Hyper(Unified(nesterov=0.01), learn=("lr", "damping", "nesterov"), prior=2).stack(SGD, lr=1e30)
+    model, optimizer = bound(spec)
+    train(model, optimizer, range(20))
+    _, again = bound(spec)
+    again.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("options", [{"prior": None}, {"trust": None}], ids=str)

@@ -293,7 +293,7 @@ class Prior(Guard):
         self.usual, self.steps = usual, steps
 
     def moved(self, before, r, q):
-        return r | {n: r[n] + (raw - before[n]) / self.steps for n, raw in self.usual.items()}
+        return r | {n: r[n] + (raw - r[n]) / self.steps for n, raw in self.usual.items()}
 
 
 class Trust(Guard):
