@@ -28,12 +28,7 @@ class Declared:
     domain: Domain
     above: float
     horizon: float | None  # None: that of the rule
-    usual: float | None  # None: the default, or where that cannot be learned the value that the user gives
-
-    def returns_to(self) -> float | None:
-        """The usual value, or None."""
-        usual = self.default if self.usual is None else self.usual
-        return usual if self.domain.inside(usual) else None
+    usual: float | None  # None: the default
 
 
 def hyper(default: float, domain: Domain, *, above: float | None = None, horizon: float | None = None, usual: float | None = None) -> Any:
@@ -45,8 +40,8 @@ def hyper(default: float, domain: Domain, *, above: float | None = None, horizon
         above: the default above level 0, where the rule moves raw hyperparameters and not weights; `default` if None.
         horizon: the number of past steps that it is held responsible for, from 1 to math.inf; that of the rule, `Rule.horizon`, if None.
             The effect of lr on the weights stays for ever; that of a decay shows within the steps that it averages over.
-        usual: the value that it returns to where hypergradients do not hold it elsewhere, see `guards.Prior`; if None, the default where
-            that can be learned, and otherwise the value that a run starts from.
+        usual: the value that it returns to where hypergradients do not hold it elsewhere, see `guards.Prior`; the default if None. Where
+            that cannot be learned, and for weight decay, it is the value that the user gives.
 
     Raises:
         ValueError: a horizon below 1, or a usual value that cannot be learned.

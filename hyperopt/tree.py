@@ -89,7 +89,7 @@ class Tree:
         chosen = choose.body(part, self.params, graph=graph)
         chosen.buffers = buffers
         record = self.records.setdefault(label(level, branch), {})
-        guards = [*self._guards(level, rule, own, domains, trust, nodes, record), *_prior(spec, own, domains, record)]
+        guards = [*self._guards(level, rule, own, domains, trust, nodes, record), *_prior(spec, level, own, domains, record)]
         node = self.nodes[label(level, branch)] = Optimizable(level, chosen, hypers, Guards(guards), nodes, self.skipped)
         return node
 
@@ -152,16 +152,20 @@ class Tree:
         return self._node(spec, rule, level, branch, own, [buffer])
 
 
-def _prior(spec: Level, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
-    """The guard that takes what is learned, but for lr, back to its usual values; where there are none, to those of the first step."""
-    steps, usual = spec.prior_steps(), {}
+def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
+    """The guard that takes what is learned, but for lr, back to its usual value. Where none is usual, as for weight decay, or the domain
+    does not have it, that is the value which it was bound with."""
+    steps, raw = spec.prior_steps(), {}
     for name in learned if steps is not None else ():
         if name != "lr":
-            declared, mine = spec.rule.declared()[name].returns_to(), own[name]
-            value = mine.value if declared is None else torch.full_like(mine.value.reshape(-1)[0], declared)
-            raw = mine.domain.raw(value).clamp(*mine.limits)  # float32 may not reach the default: a damping of 1e-8
-            usual[name] = record.setdefault("start", {}).setdefault(name, raw).to(raw) if declared is None else raw
-    return [Prior(usual, steps)] if usual and steps is not None else []
+            declared, mine = spec.rule.declared()[name], own[name]
+            usual = declared.usual if declared.usual is not None else declared.above if level else declared.default
+            known = name != "weight_decay" and mine.domain.inside(usual)
+            value = torch.full_like(mine.value.reshape(-1)[0], usual) if known else mine.value
+            raw[name] = mine.domain.raw(value).clamp(*mine.limits)  # float32 may not reach the default: a damping of 1e-8
+            if not known:
+                raw[name] = record.setdefault("start", {}).setdefault(name, raw[name]).to(mine.value)
+    return [Prior(raw, steps)] if raw and steps is not None else []
 
 
 def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, str]]:

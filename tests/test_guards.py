@@ -3,13 +3,14 @@
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from small import backward, differences, loss_at, net, snapshot, train
 from torch import nn
 
-from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Positive, Real, RMSprop, ScheduleFree, Unified, UnitInterval
+from hyperopt import SGD, Adam, AdamW, Hyper, Interval, Muon, Positive, Real, RMSprop, ScheduleFree, Unified, UnitInterval, hyper
 from hyperopt.body.arithmetic import OnHost, Selected
 from hyperopt.body.blocks import combined, length
 from hyperopt.guards import Pace, is_finite
@@ -837,6 +838,9 @@ def returns(spec, name, steps=12, **options):
         (Hyper(Adam, eps=1.0, learn=("eps",)), "eps", 1e-8),
         (Hyper(SGD, momentum=0.1, learn=("lr", "momentum")), "momentum", 0.9),  # the default, 0, cannot be learned
         (Hyper(Adam, eps=1.0, domains={"eps": Interval(0, 2)}, learn=("lr", "eps")), "eps", 1e-8),
+        (Hyper(Adam, beta1=0.5, domains={"beta1": Interval(0, 0.8)}, learn=("lr", "beta1")), "beta1", 0.5),  # .9 is not in there
+        (Hyper(Muon, weight_decay=0.3, learn=("lr", "weight_decay")), "weight_decay", 0.3),  # the default, .1, is no more usual than this
+        (Hyper(Adam, weight_decay=0.3, domains={"weight_decay": Real()}, learn=("weight_decay",)), "weight_decay", 0.3),
     ],
     ids=str,
 )
@@ -897,7 +901,24 @@ def test_a_held_out_loss_needs_no_prior(compile):
         assert found == pytest.approx(math.log(9) + (math.log(1 / 9) - math.log(9)) * (29 / 30) ** min(at, 3), rel=1e-5)
 
 
+@dataclass(frozen=True)
+class Damped(Rule):
+    """A rule that has another default above level 0."""
+
+    lr: float = hyper(0.1, Positive())
+    damping: float = hyper(0.9, UnitInterval(), above=0.5)
+
+    def init(self, x):
+        return {}
+
+    def direction(self, g, state, h, t):
+        return h.one_minus("damping") * g, {}
+
+
 def test_above_level_0_the_usual_value_is_the_default_there():
+    model, optimizer = bound(Hyper(Adam).stack(Damped, damping=0.2, learn="all", prior=2).stack(SGD, lr=1e-30), torch.float64)
+    train(model, optimizer, range(40))
+    assert float(optimizer.hyperparameters()["1.damping"]) == pytest.approx(0.5, rel=1e-6)
     spec = Hyper(Adam).stack(RMSprop, alpha=0.3, eps=1e-3, learn="all", prior=2).stack(SGD, lr=1e-30)
     model, optimizer = bound(spec, torch.float64)
     train(model, optimizer, range(40))
