@@ -31,7 +31,7 @@ class Level:
     learn: tuple[str, ...] | str | None  # what the level above learns: names, "all", or None for lr alone
     horizon: float | str | dict[str, float]  # of all that is learned, of each of some, or "default"; see `horizon_of`
     trust: float | str | None  # the largest change per step, None for no limit, or "default"
-    prior: float | str | None  # the steps in which values return to usual ones, None for never, or "default"
+    prior: float | str | None  # by 1/prior of the distance values return to usual ones in a step; None: never; or "default"
     domains: dict[str, Domain]  # the spaces in which hyperparameters are learned, where they are not the rule's own
     per: str  # one of PER: what has a learned value of its own
     strategy: str  # one of STRATEGIES
@@ -110,7 +110,7 @@ class Level:
         return self.trust
 
     def prior_steps(self) -> float | None:
-        """The number of steps in which what is learned of this level returns to its usual values; None for never."""
+        """In every step what is learned of this level returns to its usual values by one over this; None: never."""
         return self.prior if not isinstance(self.prior, str) else None if self.trust is None else Prior.STEPS
 
     def rule_at(self, level: int) -> Rule:

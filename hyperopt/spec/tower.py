@@ -33,8 +33,9 @@ class Hyper(Level):
         trust: largest change in one step of what this level moves, while its lr is learned. At level 0 it is relative to the norm of the
             weights (default 0.03; ScheduleFree 0.1, reached linearly over the first 20 steps, also for a value that is given). Above
             level 0 it is the change of a raw hyperparameter (default 0.5). None: no limit.
-        prior: number of steps, at least 1, in which everything learned of this level but lr returns to its usual value, which is the rule's
-            default as a rule, unless hypergradients hold it elsewhere. None: never. Default: 30; None where trust is None.
+        prior: in every step, everything learned of this level but lr returns to its usual value by this fraction of the distance, 1/prior;
+            at least 1, default 30. The usual value is the rule's default, see `docs/guards.md`. None: never, also where trust is None and
+            no prior is given.
         domains: for hyperparameters of this level, the space in which they are learned, where it is not the rule's own.
         per: one learned value per "group" of parameters (default), per "tensor" or per "coordinate".
         strategy: "tangents" (default), or "graph" for the paper's autograd graph: a slow reference for horizon 1, with host syncs.
