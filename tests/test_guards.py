@@ -787,7 +787,7 @@ def test_a_value_is_scaled_and_exact_where_the_factor_is_1(domain):
 @pytest.mark.parametrize("trust", [0.03, None])
 def test_decays_go_at_their_own_pace(above, trust):
     """A logit moves by no more than PACE in a step, everything else as the level above has it; without trust so do decays."""
-    model, optimizer = bound(Hyper(Adam, lr=1e-3, learn=("lr", "beta1"), trust=trust).stack(above), torch.float64)
+    model, optimizer = bound(Hyper(Adam, lr=1e-3, learn=("lr", "beta1"), trust=trust, prior=None).stack(above), torch.float64)
     moves = []
     for at in range(8):
         before = optimizer.hyperparameters()
