@@ -49,27 +49,13 @@ DATASETS = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
 VARIANTS = ("lr held", "lr learned")
 FAILURES = ("less than half", "nothing lost, learning harms")
 # Explanations of the rows in which less than half is recovered, or learning does harm.
-BOUND = (
-    "trust holds lr down: at beta2 = 0.1 weights with rare gradients take steps m/√v so large that lr is projected to 1e-5 for all. The "
-    "hypergradient of beta2 takes that lr as given: it does not see that a larger beta2 would set lr free, and lowers beta2"
+CORRECTED = (
+    "beta2 is back at 0.999 after 200 steps, but the bias of v is corrected as if it had been there from the first one: steps are too small "
+    "for hundreds of steps, and the held lr does not make up for it. Without bias correction the error on MNIST is 5.45 in place of 6.54 % "
+    "(validation data)"
 )
-LOOSE = "there is little to win, a point or less, and beta2 hardly moves for it, slowly and to and fro"
-SMALL = "learning lr alone already makes up for nearly all that the bad value costs; what is left is a few tenths of a point"
-AFTER = (
-    "eps does not stop at a good value: it falls through nine decades, each of which makes the steps larger, and lr has to follow it down, "
-    "to 1.4e-4, less than is good"
-)
-AWAY = (
-    "learning lr alone already makes up for nearly all that the bad value costs, and the clip does not stop at a good value: it rises past "
-    "1e4, where it clips nothing"
-)
-WHY = {
-    ("lr held", "beta2"): LOOSE,
-    ("lr learned", "beta2"): BOUND,
-    ("lr learned", "eps"): AFTER,
-    ("lr learned", "eta"): SMALL,
-    ("lr learned", "clip"): AWAY,
-}
+SMALL = "learning lr alone already makes up for nearly all that the bad value costs; what is left is less than half a point"
+WHY = {("lr held", "beta2"): CORRECTED, ("lr learned", "eta"): SMALL, ("lr learned", "clip"): SMALL}
 HELD = ("good", "bad", "learned")
 
 
