@@ -50,9 +50,9 @@ VARIANTS = ("lr held", "lr learned")
 FAILURES = ("less than half", "nothing lost, learning harms")
 # Explanations of the rows in which less than half is recovered, or learning does harm.
 CORRECTED = (
-    "beta2 is back at 0.999 after 200 steps, but the bias of v is corrected as if it had been there from the first one: steps are too small "
-    "for hundreds of steps, and the held lr does not make up for it. Without bias correction the error on MNIST is 5.45 in place of 6.54 % "
-    "(validation data)"
+    "beta2 is back at 0.999 after 200 steps, but the bias of v is corrected as if it had been there from the first one: steps are too "
+    "small for hundreds of steps, and the held lr does not make up for it. Without bias correction the error on MNIST is 5.45 in place of "
+    "6.54 % (validation data)"
 )
 SMALL = "learning lr alone already makes up for nearly all that the bad value costs; what is left is less than half a point"
 WHY = {("lr held", "beta2"): CORRECTED, ("lr learned", "eta"): SMALL, ("lr learned", "clip"): SMALL}
