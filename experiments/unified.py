@@ -13,8 +13,8 @@ an lr of 1e-3 at first and Adam with defaults as their level 1. All runs of a se
   coefficient moves by at most .005 in a step and returns to its start by a thirtieth of the distance, so that it stays within .15 of it.
 - no prior: the same with prior=None. In 400 steps, a logit can move by 2.
 
-In float32 the smallest damping that is learned is 7.2e-8, so that damping jumps there in the first step. In the
-committed runs the prior still took it back below, where checkpoints could not hold it.
+In float32 the smallest damping that is learned is 7.2e-8, so that damping jumps there in the first step. In the committed
+runs the prior still took it back below, where checkpoints could not hold it.
 
 Of every run, the learned lr is replayed on torch.optim.Adam, whose other values are its defaults. A run that is better than its replay
 owes it to the coefficients; one that is better than `Adam / Adam` may owe it to another lr. All towers are compiled, which makes the steps

@@ -155,17 +155,19 @@ class Tree:
 def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
     """The guard that takes what is learned, but for lr, back to its usual value. Where none is usual, as for weight decay, or the domain
     does not have it, that is the value which it was bound with."""
-    steps, raw = spec.prior_steps(), {}
-    for name in learned if steps is not None else ():
-        if name != "lr":
-            declared, mine = spec.rule.declared()[name], own[name]
-            usual = declared.usual if declared.usual is not None else declared.above if level else declared.default
-            known = name != "weight_decay" and mine.domain.inside(usual)
-            value = torch.full_like(mine.value.reshape(-1)[0], usual) if known else mine.value
-            raw[name] = mine.domain.raw(value).clamp(*mine.limits)  # float32 may not reach the default: a damping of 1e-8
-            if not known:
-                raw[name] = record.setdefault("start", {}).setdefault(name, raw[name]).to(mine.value)
-    return [Prior(raw, steps)] if raw and steps is not None else []
+    steps, names = spec.prior_steps(), [name for name in learned if name != "lr"]
+    if steps is None or not names:
+        return []
+    raw = {}
+    for name in names:
+        declared, mine = spec.rule.declared()[name], own[name]
+        usual = declared.usual if declared.usual is not None else declared.above if level else declared.default
+        known = name != "weight_decay" and mine.domain.inside(usual)
+        value = torch.full_like(mine.value.reshape(-1)[0], usual) if known else mine.value
+        raw[name] = mine.domain.raw(value).clamp(*mine.limits)  # float32 may not reach the default: a damping of 1e-8
+        if not known:
+            raw[name] = record.setdefault("start", {}).setdefault(name, raw[name]).to(mine.value)
+    return [Prior(raw, steps)]
 
 
 def above(spec: Level, branch: str) -> Iterator[tuple[tuple[str, ...], Level, str]]:

@@ -871,12 +871,15 @@ def test_lr_has_no_usual_value_and_what_has_none_stays_where_it_started():
 
 
 def test_values_stay_where_a_checkpoint_may_hold_them():
-    """A usual value beyond what float32 can learn, and moves from one end to the other, with a pull on top of them."""
-    spec = Hyper(Unified(nesterov=0.01), learn=("lr", "damping", "nesterov"), prior=2).stack(SGD, lr=1e30)
+    """The usual value of damping, 1e-8, is below what float32 can learn."""
+    spec = Hyper(Unified(nesterov=0.01), learn=("lr", "damping", "nesterov"), prior=2).stack(SGD, lr=1e-30)
     model, optimizer = bound(spec)
     train(model, optimizer, range(20))
+    low, _ = UnitInterval().raw_limits(torch.float32)
+    assert float(optimizer.hyperparameters()["0.damping"].logit()) == pytest.approx(low, rel=1e-5)
     _, again = bound(spec)
     again.load_state_dict(optimizer.state_dict())
+    assert differences(again.state_dict(), optimizer.state_dict()) == []
 
 
 @pytest.mark.parametrize("options", [{"prior": None}, {"trust": None}], ids=str)
