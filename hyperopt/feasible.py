@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .domains import number
+from .rule import constant
 
 Metric = Tensor | float
 
@@ -105,7 +105,7 @@ class Ball(Feasible):
         # A step may have taken weights to 1e20, which has no square. The nearest point goes with the unit that both are measured in.
         unit = _unit(ys)
         ys, radius = [y / unit.to(y) for y in ys], self.radius / unit
-        plain = [_primal(y) for y in ys], [_primal(h) if isinstance(h, Tensor) else h for h in metrics]
+        plain = [constant(y) for y in ys], [constant(h) if isinstance(h, Tensor) else h for h in metrics]
         multiplier = ys[0].new_zeros(())
         for _ in range(ITERATIONS - 1):
             multiplier = _newton(*plain, multiplier, radius)
@@ -130,7 +130,7 @@ def _nearest(ys: list[Tensor], metrics: Sequence[Metric], multiplier: Tensor) ->
 
 def _unit(ys: list[Tensor]) -> Tensor:
     """The root of the largest element where that is large, so that the squares of weights and radius are numbers; 1 elsewhere."""
-    largest = torch.stack([ys[0].new_ones(()), *[_primal(y).abs().amax().to(ys[0]) for y in ys if y.numel()]]).amax()
+    largest = torch.stack([ys[0].new_ones(()), *[constant(y).abs().amax().to(ys[0]) for y in ys if y.numel()]]).amax()
     return torch.where(largest > LARGE, largest.clamp_max(torch.finfo(largest.dtype).max).sqrt(), 1.0)
 
 
@@ -140,10 +140,6 @@ def _norm(xs: list[Tensor]) -> Tensor:
 
 def _sum(parts: list[Tensor]) -> Tensor:
     return torch.stack([part.sum().to(parts[0]) for part in parts]).sum()
-
-
-def _primal(a: Tensor) -> Tensor:
-    return forward_ad.unpack_dual(a).primal.detach()
 
 
 def _bound(argument: str, value: object) -> float:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import Self
 
 from . import horizons
@@ -236,6 +237,11 @@ def root(v: Tensor) -> Tensor:
 def square(g: Tensor) -> Tensor:
     """g², kept finite: 1e20 is finite in float32 and its square is not, and an infinite second moment would stay so for ever."""
     return (g * g).clamp_max(torch.finfo(g.dtype).max)
+
+
+def constant(a: Tensor) -> Tensor:
+    """a, as a constant in derivatives."""
+    return forward_ad.unpack_dual(a).primal.detach()
 
 
 def power(a: Tensor, p: Tensor) -> Tensor:

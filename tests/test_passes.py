@@ -136,7 +136,7 @@ class Weights:
     def _pointer(self, column: Column, i: int) -> int | None:
         if column not in NUMBERS:
             return self.tensors[column][i].data_ptr() if column in self.tensors else None
-        free = Column.GAP in self.tensors and (self.case.learned or column != Column.ZWEIGHT)
+        free = Column.GAP in self.tensors and (column != Column.ZWEIGHT or (self.case.learned and not self.case.forgets))
         free = free and (self.case.forgets or column not in (Column.LAG, Column.LAG_SIZE))
         there = self.case.decay != 0 if column == Column.DECAY else free or column == Column.T
         return self.numbers[self.owner[i]][column].data_ptr() if there else None
@@ -250,9 +250,14 @@ class Reference:
         with forward_ad.dual_level():
             lr = forward_ad.make_dual(torch.tensor(h.lr).double().log(), torch.ones(()).double()).exp()
             place, average = forward_ad.make_dual(self.place, KEEP * self.z), forward_ad.make_dual(self.average, KEEP * self.za)
-            weight = past * forward_ad.make_dual(self.weight, KEEP * self.zweight) + lr**2
+            # Where the average forgets, its share is a constant in the derivatives.
+            if self.case.forgets:
+                weight, counted = self.weight, forward_ad.unpack_dual(lr).primal
+            else:
+                weight, counted = forward_ad.make_dual(self.weight, KEEP * self.zweight), lr
+            weight = past * weight + counted**2
             place = place - lr * self.decayed(d, self.x(place, average, self.mix))
-            share = lr**2 / weight if self.free else h.rest_decay / (1 - decay**t)
+            share = counted**2 / weight if self.free else h.rest_decay / (1 - decay**t)
             average = average + share * (place - average)
             (self.place, self.z), (self.average, self.za), (self.weight, self.zweight) = (
                 (dual.primal, dual.tangent) for dual in map(forward_ad.unpack_dual, (place, average, weight))
@@ -279,7 +284,7 @@ class Reference:
             close(numbers[Column.MIX], self.mix, "mix")
             close(numbers[Column.LAG], self.lag, "lag")
             close(numbers[Column.LAG_SIZE], self.lag_size, "size of lags")
-            if self.case.learned:
+            if self.case.learned and not self.case.forgets:
                 close(numbers[Column.ZWEIGHT], self.zweight, "tangent of weight")
 
 
@@ -358,7 +363,7 @@ def test_tangents_that_are_not_finite_start_again(case: Case, bad: float) -> Non
                 t[::2] = value
         weights.numbers[1][Column.ZWEIGHT].fill_(value)
         weights.take(1.0, 0.05, KEEP)
-    if Column.GAP not in made.tensors:  # its tangent is then nothing that a step knows
+    if Column.GAP not in made.tensors or case.forgets:  # its tangent is then nothing that a step knows
         made.numbers[1][Column.ZWEIGHT].copy_(zero.numbers[1][Column.ZWEIGHT])
     assert_equal(made, zero)
 

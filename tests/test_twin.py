@@ -356,6 +356,7 @@ ERRORS = {
     "q: through the average above level 0": ("ScheduleFree above, learned", twin.Node, "pull", through_the_average),
     "q: held out at x": ("held out at the average", twin.Twin, "hyper_backward", but(twin.Twin.hyper_backward, averaged=False)),
     "q: at every step": ("every third", twin.Node, "step", but(twin.Node.step, learn=True)),
+    "q: through the share of an average that forgets": ("ScheduleFree that forgets", twin, "constant", lambda v: v),
     "x: moved without z": ("ScheduleFree above, learned", twin.ScheduleFree, "shifted", twin.Rule.shifted),
     "x: outside the box": ("box", twin.Box, "nearest", lambda self, y, H: y),
     "x: nearest in no metric": ("ball", twin.Ball, "nearest", but(twin.Ball.nearest, H=twin.numbers(1))),

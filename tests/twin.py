@@ -156,8 +156,9 @@ class ScheduleFree(Rule):
     def after(self, z, s, h, t):
         lag, size = (0.98 * s[n] + 0.02 * v for n, v in (("lag", h.total), ("size", h.total.abs())))
         behind = (-lag / size.clamp_min(TINY)).clamp_min(0)
-        w = (1 - self.forget * behind) * s["sum"] + h.lr**2
-        a = s["a"] + h.lr**2 / w * (z - s["a"])
+        lr = constant(h.lr) if self.forget else h.lr
+        w = (1 - self.forget * behind) * s["sum"] + lr**2
+        a = s["a"] + lr**2 / w * (z - s["a"])
         return {**s, "z": z, "a": a, "x": z + h.beta1 * (a - z), "beta1": h.beta1, "sum": w, "lag": lag, "size": size}
 
     def total(self, g, s):
@@ -498,6 +499,11 @@ class Node:
 
     def hyperparameters(self):
         return self.held | {n: self.domains[n].value(v) for n, v in self.r.items()} | self.bound | self.written
+
+
+def constant(v):
+    """v without its tangent."""
+    return forward_ad.unpack_dual(v).primal
 
 
 def dual(v, z=None):

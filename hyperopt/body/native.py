@@ -119,9 +119,11 @@ class Native(Eager):
         return passes
 
     def _make_tangents(self, buffer: Buffer) -> None:
-        names = ("x", "gap", "weight") if self.rule.gapped else ("x", "average") if self.rule.averages else ("x",)
-        for of in names:
-            buffer.tangent("lr", of, buffer.t if of == "weight" else buffer.x())
+        names = ("gap",) if self.rule.gapped else ("average",) if self.rule.averages else ()
+        for of in ("x", *names):
+            buffer.tangent("lr", of, buffer.x())
+        if self.rule.gapped and not self.rule.totals:  # where the average forgets, its weight is a constant
+            buffer.tangent("lr", "weight", buffer.t)
 
 
 class Passes:

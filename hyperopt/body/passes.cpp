@@ -163,9 +163,11 @@ struct Mix {
                 past -= table.value(FORGET) * std::max(-lag / std::max(lag_size, FLT_MIN), 0.0f);
             }
             weight = past * table.number(WEIGHT, tensor) + square;
-            zweight = keep * past * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
             share = square / std::max(weight, FLT_MIN);
-            zshare = share * (2 - (weight >= FLT_MIN ? zweight / weight : 0));
+            if (table.column(ZWEIGHT, tensor)) {  // where the average forgets, c is a constant in the derivatives
+                zweight = keep * past * finite_or_zero(table.number(ZWEIGHT, tensor)) + 2 * square;
+                zshare = share * (2 - (weight >= FLT_MIN ? zweight / weight : 0));
+            }
         } else if (float rest = table.value(REST_DECAY)) {
             share = rest / rest_of_power(rest, table.number(T, tensor) + 1);
         }

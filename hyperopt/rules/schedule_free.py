@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, dot, finfo, lerp
 
 from ..domains import UnitInterval
-from ..rule import Rule, State, Values, hyper, overrides
+from ..rule import Rule, State, Values, constant, hyper, overrides
 from .composition import Composed, compose
 
 MEMORY = 0.98  # of the mean that says whether the average lags behind
@@ -43,6 +43,9 @@ def ScheduleFree(base: Any) -> type[Rule]:
 
     With through < 1 the rest is taken through z: q = through·<g, ∂x/∂lr> + (1 − through)·<g, ∂z/∂lr>. This keeps lr from rising without end
     where z flies about so far that the average hides it.
+
+    With forget > 0, c is a constant in the derivatives, as it is if all lr of the past change by the same factor. Otherwise a larger lr also
+    means a larger c, by as much as the horizon has forgotten of the past, which moves x all the way towards z.
 
     This holds for everything that is learned at horizons above 1. x hardly depends on beta1, which therefore gets <g, (x − z)·∂beta1>
     in addition. A loss given to `optimizer.hyper_backward` is differentiated through the weights at which it was computed. Above level 0,
@@ -121,6 +124,7 @@ class _ScheduleFree(Composed):
             size = lerp(state["lag_size"], h.total.abs(), 1 - MEMORY)
             past = past * (1 - self.forget * (-lag / size.clamp_min(finfo(size.dtype).tiny)).clamp_min(0))
             state = {**state, "lag": lag, "lag_size": size}
-        weight = past + h.lr * h.lr
-        gap = gap * (1 - h.lr * h.lr / weight.clamp_min(finfo(weight.dtype).tiny))
+        lr = constant(h.lr) if self.forget else h.lr
+        weight = past + lr * lr
+        gap = gap * (1 - lr * lr / weight.clamp_min(finfo(weight.dtype).tiny))
         return z - h.beta1 * gap, {**state, "gap": gap, "weight": weight, "mix": h.beta1.expand_as(weight)}
