@@ -26,6 +26,7 @@ from hyperopt import (
     RAdam,
     RMSprop,
     Rule,
+    SpikeAwareAdam,
     Unified,
     Yogi,
 )
@@ -76,6 +77,27 @@ def torch_peer(params: Iterable[Tensor], rule: Rule) -> torch.optim.Optimizer:
 def torch_adamw(params: Iterable[Tensor], rule: Adam) -> torch.optim.Optimizer:
     betas = (rule.beta1, rule.beta2)
     return torch.optim.AdamW(params, lr=rule.lr, betas=betas, eps=rule.eps, weight_decay=rule.weight_decay, amsgrad=rule.amsgrad)
+
+
+class _Clipping(torch.optim.Adam):
+    """torch's Adam after gradients were clipped by hand."""
+
+    clip: float
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if state := self.state.get(p):
+                    v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+                    p.grad = torch.where(v > 0, p.grad.clamp(-self.clip * v.sqrt(), self.clip * v.sqrt()), p.grad)
+        return super().step(closure)
+
+
+def peer_spike_aware(params: Iterable[Tensor], rule: SpikeAwareAdam) -> torch.optim.Optimizer:
+    betas = (rule.beta1, rule.beta2)
+    peer = _Clipping(params, lr=rule.lr, betas=betas, eps=rule.eps, weight_decay=rule.weight_decay, decoupled_weight_decay=rule.decoupled)
+    peer.clip = rule.clip
+    return peer
 
 
 def peer_adopt(params: Iterable[Tensor], rule: ADOPT) -> torch.optim.Optimizer:
@@ -156,6 +178,12 @@ CASES = (
         "torch has no cautious weight decay",
     ),
     Case("adamw-amsgrad", AdamW(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, amsgrad=True), (*ADAM, "weight_decay"), torch_adamw),
+    Case(
+        "spike-aware-adam",
+        SpikeAwareAdam(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, decoupled=True, clip=0.8),
+        (*ADAM, "weight_decay", "clip"),
+        peer_spike_aware,
+    ),
     Case("nadam-decay", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.05, momentum_decay=0.1), NADAM, torch_peer),
     Case("nadam-decoupled", NAdam(lr=0.02, beta2=0.99, eps=0.01, weight_decay=0.5, momentum_decay=0.1, decoupled=True), NADAM, torch_peer),
     Case("radam-decay", RAdam(lr=0.08, eps=0.01, weight_decay=0.05), (*ADAM, "weight_decay"), torch_peer, steps=9),

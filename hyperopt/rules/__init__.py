@@ -16,12 +16,13 @@ from .radam import RAdam
 from .rmsprop import RMSprop
 from .schedule_free import ScheduleFree
 from .sgd import SGD
+from .spike_aware_adam import SpikeAwareAdam
 from .unified import Unified
 from .yogi import Yogi
 
 # fmt: off
 __all__ = [
     "ADOPT", "SGD", "AdaShift", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "Averaged", "Exponent", "Lion", "Muon", "NAdam",
-    "Padam", "RAdam", "RMSprop", "ScheduleFree", "Unified", "Yogi",
+    "Padam", "RAdam", "RMSprop", "ScheduleFree", "SpikeAwareAdam", "Unified", "Yogi",
 ]
 # fmt: on

@@ -1,0 +1,43 @@
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, where
+
+from ..domains import Positive
+from ..rule import State, Values, hyper, root
+from .adam import Adam
+
+
+@dataclass(frozen=True)
+class SpikeAwareAdam(Adam):
+    """Adam whose gradients are clipped, element by element, at a multiple of their root mean square so far.
+
+        g = clamp(g, −c, c),    c = clip·√v̂,  v̂ = v / (1 − beta2^(t − 1)):  of the steps before; ∞ where v = 0
+        then a step of Adam
+
+    A spike, a gradient a hundred times as large as those before it, otherwise takes part in v for 1 / (1 − beta2) steps, in which x hardly
+    moves. On top of a tower such spikes are the hypergradients of a step that went too far. SPAM clips alike, with v in place of v̂ and
+    clip² = 5000, and also resets m now and then, which this rule does not.
+
+    Args:
+        lr: learning rate, at least 0, default 1e-3; 0.1 above level 0, where it moves raw hyperparameters.
+        beta1, beta2, eps, weight_decay, decoupled, cautious, amsgrad, bias_correction: as in `Adam`.
+        clip: where gradients are clipped, in units of their root mean square, at least 0, default 5. Its hypergradient is that of the
+            clipped elements alone.
+
+    Raises:
+        ValueError: as in `Adam`.
+
+    Source: Huang et al. 2025, SPAM: Spike-Aware Adam with Momentum Reset (arXiv 2501.06842), for the clipping.
+
+    >>> from hyperopt import Adam, Hyper, SpikeAwareAdam
+    >>> Hyper(Adam).stack(SpikeAwareAdam, clip=3)
+    Hyper('Adam / SpikeAwareAdam(clip=3)')
+    """
+
+    clip: float = hyper(5.0, Positive())
+
+    def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
+        v = state["v"] / h.one_minus_power("beta2", (t - 1).clamp_min(1)) if self.bias_correction else state["v"]
+        c = where(v > 0, h.clip * root(v), math.inf)
+        return super().direction(g.clamp(-c, c), state, h, t)
