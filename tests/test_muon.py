@@ -513,7 +513,7 @@ TOWERS = [
 ]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("text", [*TOWERS, "Averaged(Muon)(lr=0.01) / Adam"])
 @pytest.mark.parametrize("way", ["native", "whole", "stages"])
 @pytest.mark.usefixtures("graphs")
