@@ -101,7 +101,8 @@ class Pace(Guard):
 
 class Prior(Guard):
     """A raw value decays towards the usual one, by 1/steps of the distance in a step: where hypergradients say nothing it gets there, and
-    where they say something it stays between the two. lr has no usual value.
+    where they say something it stays between the two. The lr of the weights has no usual value; those of the levels above have, since what
+    they move are logarithms and logits.
 
     What a hyperparameter such as a beta does to the next loss is a biased witness of what it does to a run, and the bias is there in every
     step: without a prior beta1 goes to .4 and beta2 to 1 on MNIST, eps through many decades, weight decay to 1e-15. A held-out loss is one

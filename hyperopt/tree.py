@@ -153,9 +153,9 @@ class Tree:
 
 
 def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
-    """The guard that takes what is learned, but for lr, back to its usual value. Where none is usual, as for weight decay, or the domain
-    does not have it, that is the value which it was bound with."""
-    steps, names = spec.prior_steps(), [name for name in learned if name != "lr"]
+    """The guard that takes what is learned back to its usual value, but for the lr of the weights, which has none. Where none is usual, as
+    for weight decay, or the domain does not have it, that is the value which it was bound with."""
+    steps, names = spec.prior_steps(), [name for name in learned if level or name != "lr"]
     if steps is None or not names:
         return []
     raw = {}

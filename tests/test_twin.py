@@ -343,6 +343,7 @@ ERRORS = {
     "Trust: of what a user wrote": ("assigned beside trust", twin.Trust, "sized", but(twin.Trust.sized, written={})),
     "Trust: 1 % more above, lr learned": ("trust above, lr learned", twin.Hyper, "trust_at", lambda self, level: 0.505 if level else 0.03),
     "Trust: 1 % more above, lr held": ("trust above, lr held", twin.Hyper, "trust_at", lambda self, level: 0.303 if level else 0.03),
+    "Prior: not of the lr above": ("trust above, lr learned", twin.Hyper, "priors", lambda self, level, values: []),
     "Forget: power 3.9": ("forget", twin.Forget, "power", 3.9),
     "Forget: band 1.1": ("forget", twin.Forget, "band", 1.1),
     "domains: raw values run on": ("range", twin.Node, "__init__", but(twin.Node.__init__, range=(-math.inf, math.inf))),

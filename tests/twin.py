@@ -566,7 +566,7 @@ class Hyper:
         """The guard that goes back to usual values: the rule's defaults, or what a run started from where these cannot be learned."""
         steps = self.prior if self.prior != "default" else None if self.trust is None else 30
         usual = {**self.rule.defaults, **(self.rule.defaults_above if level else {}), "momentum": 0.9}
-        learned = [n for n in self.learn if n != "lr"] if self.above and steps else []
+        learned = [n for n in self.learn if level or n != "lr"] if self.above and steps else []
         usual = {n: numbers(usual[n]) if n != "weight_decay" and usual[n] > 0 else values[n] for n in learned}
         return [Prior({n: self.domain(n).raw(value) for n, value in usual.items()}, steps)] if usual else []
 

@@ -33,7 +33,7 @@ class Hyper(Level):
         trust: largest change in one step of what this level moves, while its lr is learned. At level 0 it is relative to the norm of the
             weights (default 0.03; ScheduleFree 0.1, reached linearly over the first 20 steps, also for a value that is given). Above
             level 0 it is the change of a raw hyperparameter (default 0.5). None: no limit.
-        prior: in every step, everything learned of this level but lr returns to its usual value by this fraction of the distance, 1/prior;
+        prior: in every step, everything learned but the lr of level 0 returns to its usual value by this fraction of the distance, 1/prior;
             at least 1, default 30. The usual value is the rule's default, see `docs/guards.md`. None: never, also where trust is None and
             no prior is given.
         domains: for hyperparameters of this level, the space in which they are learned, where it is not the rule's own.
