@@ -44,12 +44,12 @@ def ScheduleFree(base: Any) -> type[Rule]:
     With through < 1 the rest is taken through z: q = through·<g, ∂x/∂lr> + (1 − through)·<g, ∂z/∂lr>. This keeps lr from rising without end
     where z flies about so far that the average hides it.
 
-    With forget > 0, c is a constant in the derivatives, as it is if all past lr change by the same factor. Otherwise a larger lr also means
-    a larger c, by as much as the horizon has forgotten of the past, which moves x all the way towards z.
-
     This holds for everything that is learned at horizons above 1. x hardly depends on beta1, which therefore gets <g, (x − z)·∂beta1>
     in addition. A loss given to `optimizer.hyper_backward` is differentiated through the weights at which it was computed. Above level 0,
     where the level below uses y, q runs through y.
+
+    With forget > 0, c is a constant in the derivatives, as it is if all past lr change by the same factor. Otherwise a larger lr also means
+    a larger c, by as much as the horizon has forgotten of the past, which moves x all the way towards z.
 
     The authors' package weights x by the square of the largest lr so far, and this rule by that of the current one; at constant lr they
     are equal.
