@@ -89,8 +89,8 @@ class Pace(Guard):
     """
 
     # In 700 steps of MNIST the lr of level 1 in Adam / Adam / Adam rises from .1 to 4.6 without this: validation error 3.51 %, and 3.30 %
-    # at height 3. With it 2.63 and 2.64 %, where height 1 has 2.75 % (three seeds); with .002 both are 2.62 % (two seeds). Over 7,050 steps it
-    # is not enough by itself, see `Prior`.
+    # at height 3. With it 2.63 and 2.64 %, where height 1 has 2.75 % (three seeds); with .002 both are 2.62 % (two seeds). Over 7,050
+    # steps it is not enough by itself, see `Prior`.
     LIMIT = 0.005
 
     def __init__(self, names: Sequence[str]) -> None:
