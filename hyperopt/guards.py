@@ -76,7 +76,7 @@ class Climb(Guard):
 
 
 class Pace(Guard):
-    """The raw value of a decay, and above level 0 that of every hyperparameter, moves by no more than 0.005 in a step.
+    """The raw value of a decay, and above level 0 that of every hyperparameter, is moved by hypergradients by no more than 0.005 in a step.
 
     What a decay does shows only after the steps that it averages over: at the pace of lr, 0.1 a step under Adam, it passes its good values
     before they show.
@@ -102,8 +102,8 @@ class Pace(Guard):
 
 class Prior(Guard):
     """A raw value decays towards the usual one, by 1/steps of the distance in a step: where hypergradients say nothing it gets there, and
-    where they say something it stays between the two. The lr of the weights has no usual value; those of the levels above have, since what
-    they move are logarithms and logits.
+    where they say something it stays between the two. The lr of the weights has no usual value. Above level 0 it is the one that lr was
+    bound with.
 
     What a hyperparameter such as a beta does to the next loss is a biased witness of what it does to a run, and the bias is there in every
     step: without a prior beta1 goes to .4 and beta2 to 1 on MNIST, eps through many decades, weight decay to 1e-15. A held-out loss is one

@@ -154,7 +154,7 @@ class Tree:
 
 def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: Collection[str], record: dict[str, Any]) -> list[Guard]:
     """The guard that takes what is learned back to its usual value, but for the lr of the weights, which has none. Where none is usual, as
-    for weight decay, or the domain does not have it, that is the value which it was bound with."""
+    for weight decay and lr, or the domain does not have it, that is the value which it was bound with."""
     steps, names = spec.prior_steps(), [name for name in learned if level or name != "lr"]
     if steps is None or not names:
         return []
@@ -162,7 +162,7 @@ def _prior(spec: Level, level: int, own: Mapping[str, Hyperparameter], learned: 
     for name in names:
         declared, mine = spec.rule.declared()[name], own[name]
         usual = declared.usual if declared.usual is not None else declared.above if level else declared.default
-        known = name != "weight_decay" and mine.domain.inside(usual)
+        known = name not in ("lr", "weight_decay") and mine.domain.inside(usual)
         value = torch.full_like(mine.value.reshape(-1)[0], usual) if known else mine.value
         raw[name] = mine.domain.raw(value).clamp(*mine.limits)  # float32 may not reach the default: a damping of 1e-8
         if not known:

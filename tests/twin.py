@@ -288,7 +288,7 @@ class Pace(Guard):
 
 
 class Prior(Guard):
-    """Everything but lr goes back to its usual value by a thirtieth of the distance a step, unless a held-out loss has moved it."""
+    """Everything but the lr of level 0 returns to its usual value by a thirtieth of the distance, unless what moved it was held-out."""
 
     def __init__(self, usual, steps):
         self.usual, self.steps = usual, steps
@@ -567,7 +567,7 @@ class Hyper:
         steps = self.prior if self.prior != "default" else None if self.trust is None else 30
         usual = {**self.rule.defaults, **(self.rule.defaults_above if level else {}), "momentum": 0.9}
         learned = [n for n in self.learn if level or n != "lr"] if self.above and steps else []
-        usual = {n: numbers(usual[n]) if n != "weight_decay" and usual[n] > 0 else values[n] for n in learned}
+        usual = {n: numbers(usual[n]) if n not in ("lr", "weight_decay") and usual[n] > 0 else values[n] for n in learned}
         return [Prior({n: self.domain(n).raw(value) for n, value in usual.items()}, steps)] if usual else []
 
     def guards(self, level, lr, trust_above):

@@ -47,7 +47,7 @@ def columns(body: Any, buffer: Buffer) -> dict[Column, Tensor]:
     found[Column.AVERAGE] = state.get("average")
     if body.tangents.names:
         z = buffer.tangents["lr"]
-        found |= {Column.ZX: z["x"], Column.ZA: z.get("gap", z.get("average")), Column.ZWEIGHT: z.get("weight")}
+        found |= {Column.ZX: z["x"], Column.ZA: z.get("gap", z.get("average")), Column.ZWEIGHT: None if rule.totals else z.get("weight")}
     found[Column.T] = buffer.t
     if buffer.rule._decays():
         found[Column.DECAY] = body.hypers.own["weight_decay"].value

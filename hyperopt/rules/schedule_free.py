@@ -48,8 +48,8 @@ def ScheduleFree(base: Any) -> type[Rule]:
     in addition. A loss given to `optimizer.hyper_backward` is differentiated through the weights at which it was computed. Above level 0,
     where the level below uses y, q runs through y.
 
-    With forget > 0, c is a constant in the derivatives, as it is if all past lr change by the same factor. Otherwise a larger lr also means
-    a larger c, by as much as the horizon has forgotten of the past, which moves x all the way towards z.
+    With forget > 0, c is a constant in the derivatives. It does not change if all lr so far change by the same factor. Differentiated, a
+    larger lr would also mean a larger c, by as much as the horizon has forgotten of the past, and move x all the way towards z.
 
     The authors' package weights x by the square of the largest lr so far, and this rule by that of the current one; at constant lr they
     are equal.
@@ -118,13 +118,13 @@ class _ScheduleFree(Composed):
     def after(self, place: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         z, state = self.inner.after(place, state, self._seen(h), t)
         gap = state["gap"] if z is place else state["gap"] + (z - place)
-        past = state["weight"]
+        past, lr = state["weight"], h.lr
         if self.forget:
+            past, lr = constant(past), constant(lr)
             lag = lerp(state["lag"], h.total, 1 - MEMORY)
             size = lerp(state["lag_size"], h.total.abs(), 1 - MEMORY)
             past = past * (1 - self.forget * (-lag / size.clamp_min(finfo(size.dtype).tiny)).clamp_min(0))
             state = {**state, "lag": lag, "lag_size": size}
-        lr = constant(h.lr) if self.forget else h.lr
         weight = past + lr * lr
         gap = gap * (1 - lr * lr / weight.clamp_min(finfo(weight.dtype).tiny))
         return z - h.beta1 * gap, {**state, "gap": gap, "weight": weight, "mix": h.beta1.expand_as(weight)}

@@ -12,12 +12,16 @@ from .adam import Adam
 class SpikeAwareAdam(Adam):
     """Adam whose gradients are clipped, element by element, at a multiple of their root mean square so far.
 
-        g = clamp(g, −c, c),    c = clip·√v̂,  v̂ = v / (1 − beta2^(t − 1)):  of the steps before; ∞ where v = 0
-        then a step of Adam
+        g = g + weight_decay·x                      (decoupled: see Adam)
+        c = clip·√v̂,  v̂ = v / (1 − beta2^(t − 1))   of the steps before, whatever bias_correction is; ∞ where v = 0
+        g = clamp(g, −c, c)                         and then a step of Adam
 
     A spike, a gradient a hundred times as large as those before it, otherwise takes part in v for 1 / (1 − beta2) steps, in which x hardly
     moves. On top of a tower such spikes are the hypergradients of a step that went too far. SPAM clips alike, with v in place of v̂ and
     clip² = 5000, and also resets m now and then, which this rule does not.
+
+    It is not for gradients that are mostly 0, as those of rare words: what is clipped counts less in v, which shrinks without end where
+    fewer than one gradient in clip² is not 0.
 
     Args:
         lr: learning rate, at least 0, default 1e-3; 0.1 above level 0, where it moves raw hyperparameters.
@@ -38,6 +42,6 @@ class SpikeAwareAdam(Adam):
     clip: float = hyper(5.0, Positive())
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
-        v = state["v"] / h.one_minus_power("beta2", (t - 1).clamp_min(1)) if self.bias_correction else state["v"]
+        v = state["v"] / h.one_minus_power("beta2", (t - 1).clamp_min(1))
         c = where(v > 0, h.clip * root(v), math.inf)
         return super().direction(g.clamp(-c, c), state, h, t)
