@@ -1,6 +1,7 @@
 """A checkpoint of named parameters, in the order in which they are bound now."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _above(
         records: of all nodes.
     """
     for names, upper, path in above(spec, branch):
-        ends = torch.tensor([0, *(own[name].numel() for name in names)]).cumsum(0).tolist()
+        ends = [0, *accumulate(own[name].numel() for name in names)]
         places = torch.cat([start + own[name] for start, name in zip(ends, names, strict=False)])
         record = records[label(level + 1, path)]
         yield label(level + 1, path), _moved(record, places)

@@ -80,13 +80,15 @@ def torch_adamw(params: Iterable[Tensor], rule: Adam) -> torch.optim.Optimizer:
 
 
 class _Clipping(torch.optim.Adam):
-    """torch's Adam after gradients were clipped by hand."""
+    """torch's Adam after coupled weight decay was added by hand and gradients were clipped by hand."""
 
     clip: float
+    coupled: float
 
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
+                p.grad = p.grad + self.coupled * p.detach()
                 if state := self.state.get(p):
                     v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
                     p.grad = torch.where(v > 0, p.grad.clamp(-self.clip * v.sqrt(), self.clip * v.sqrt()), p.grad)
@@ -94,9 +96,9 @@ class _Clipping(torch.optim.Adam):
 
 
 def peer_spike_aware(params: Iterable[Tensor], rule: SpikeAwareAdam) -> torch.optim.Optimizer:
-    betas = (rule.beta1, rule.beta2)
-    peer = _Clipping(params, lr=rule.lr, betas=betas, eps=rule.eps, weight_decay=rule.weight_decay, decoupled_weight_decay=rule.decoupled)
-    peer.clip = rule.clip
+    betas, decay = (rule.beta1, rule.beta2), rule.weight_decay
+    peer = _Clipping(params, lr=rule.lr, betas=betas, eps=rule.eps, weight_decay=decay * rule.decoupled, decoupled_weight_decay=True)
+    peer.clip, peer.coupled = rule.clip, decay * (not rule.decoupled)
     return peer
 
 
@@ -181,6 +183,12 @@ CASES = (
     Case(
         "spike-aware-adam",
         SpikeAwareAdam(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, decoupled=True, clip=0.8),
+        (*ADAM, "weight_decay", "clip"),
+        peer_spike_aware,
+    ),
+    Case(
+        "spike-aware-adam-decay",
+        SpikeAwareAdam(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, clip=0.8),
         (*ADAM, "weight_decay", "clip"),
         peer_spike_aware,
     ),

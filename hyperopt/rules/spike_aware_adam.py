@@ -16,8 +16,8 @@ class SpikeAwareAdam(Adam):
         c = clip·√v̂,  v̂ = v / (1 − beta2^(t − 1))   of the steps before, whatever bias_correction is; ∞ where v = 0
         g = clamp(g, −c, c)                         and then a step of Adam
 
-    A spike, a gradient a hundred times as large as those before it, otherwise takes part in v for 1 / (1 − beta2) steps, in which x hardly
-    moves. On top of a tower such spikes are the hypergradients of a step that went too far. SPAM clips alike, with v in place of v̂ and
+    A spike, a gradient that is much larger than those before it, otherwise takes part in v for 1 / (1 − beta2) steps, in which x moves
+    less. On top of a tower such spikes are the hypergradients of a step that went too far. SPAM clips alike, with v in place of v̂ and
     clip² = 5000, and also resets m now and then, which this rule does not.
 
     It is not for gradients that are mostly 0, as those of rare words: what is clipped counts less in v, which shrinks without end where
