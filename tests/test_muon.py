@@ -124,7 +124,7 @@ def test_directions_are_nearly_orthogonal_and_of_the_size_of_adams(shape):
     g = torch.randn(shape, dtype=torch.float64)
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
     kept = s > 0.01 * s.norm()
-    ends = torch.linalg.svdvals(newton_schulz(g[None], Muon.ns_coefficients, 5)[0])
+    ends = torch.linalg.svdvals(newton_schulz(g[None], Muon.ns_coefficients, 5, torch.ones(()))[0])
     assert float(ends[: int(kept.sum())].min()) > 0.6
     assert float(ends.max()) < 1.3
     d, _ = Muon(momentum=0.0).direction(g, {}, None, None)
@@ -184,7 +184,7 @@ def test_wide_matrices_take_the_same_steps_by_another_way(shape, steps):
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + b * gram @ x + c * gram @ gram @ x
-    torch.testing.assert_close(newton_schulz(g, (a, b, c), steps), x, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(newton_schulz(g, (a, b, c), steps, torch.ones(())), x, rtol=1e-9, atol=1e-12)
 
 
 def test_steps_follow_the_norm_of_gradients():

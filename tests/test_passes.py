@@ -448,8 +448,8 @@ def assert_equal(one: Weights, two: Weights) -> None:
 # ---- orthogonal factors
 
 
-SHAPES = [(1, 2, 2), (1, 5, 2), (1, 2, 5), (2, 64, 784), (3, 33, 50), (1, 200, 70), (5, 16, 16), (1, 128, 128), (2, 6, 64), (2, 7, 65)]
-ABC = Muon.ns_coefficients
+SHAPES = [(1, 2, 2), (1, 5, 2), (1, 2, 5), (2, 64, 784), (3, 33, 50), (1, 200, 70), (5, 16, 16), (1, 128, 128), (2, 6, 64), (2, 7, 65), (1, 30, 9000)]
+ABC, SCALE = Muon.ns_coefficients, torch.tensor(0.7)
 
 
 @pytest.fixture
@@ -471,8 +471,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonal_factors_are_those_of_float64(shape: tuple[int, ...], steps: int, calls: list[tuple[int, ...]]) -> None:
     matrices = torch.randn(shape)
-    torch.testing.assert_close(newton_schulz(matrices, ABC, steps), newton_schulz(matrices.double(), ABC, steps).float(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(newton_schulz(matrices.mT, ABC, steps), newton_schulz(matrices, ABC, steps).mT, rtol=0, atol=1e-4)
+    torch.testing.assert_close(newton_schulz(matrices, ABC, steps, SCALE), newton_schulz(matrices.double(), ABC, steps, SCALE).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(newton_schulz(matrices.mT, ABC, steps, SCALE), newton_schulz(matrices, ABC, steps, SCALE).mT, rtol=0, atol=1e-4)
     assert calls[0] == shape
 
 
@@ -491,8 +491,8 @@ def test_rounding_errors_of_what_is_nearly_singular_do_not_grow(
         matrices = torch.randn(2, 16, 2) @ torch.randn(2, 2, columns)
     else:
         matrices *= torch.logspace(-3, 0, 16)[:, None]
-    expected = newton_schulz(matrices.double(), ABC, steps).float()
-    torch.testing.assert_close(newton_schulz(matrices, ABC, steps), expected, rtol=0, atol=2e-2)
+    expected = newton_schulz(matrices.double(), ABC, steps, SCALE).float()
+    torch.testing.assert_close(newton_schulz(matrices, ABC, steps, SCALE), expected, rtol=0, atol=2e-2)
     assert len(calls) == native
 
 
@@ -500,7 +500,7 @@ def test_orthogonal_factors_do_not_depend_on_the_number_of_threads(calls: list[t
     matrices, found = torch.randn(5, 40, 100), []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        found.append(newton_schulz(matrices, ABC, 5))
+        found.append(newton_schulz(matrices, ABC, 5, SCALE))
     torch.set_num_threads(1)
     assert all(torch.equal(found[0], other) for other in found)
     assert len(calls) == 4
@@ -510,23 +510,23 @@ def test_orthogonal_factors_do_not_depend_on_the_number_of_threads(calls: list[t
 def test_orthogonal_factors_of_hostile_sizes_are_those_of_torch(scale: float, calls: list[tuple[int, ...]]) -> None:
     matrices = torch.randn(2, 8, 12)
     matrices[1] *= scale
-    found = newton_schulz(matrices, ABC, 5)
+    found = newton_schulz(matrices, ABC, 5, SCALE)
     with forward_ad.dual_level():
-        expected = newton_schulz(forward_ad.make_dual(matrices, torch.zeros_like(matrices)), ABC, 5)
+        expected = newton_schulz(forward_ad.make_dual(matrices, torch.zeros_like(matrices)), ABC, 5, SCALE)
         torch.testing.assert_close(found, forward_ad.unpack_dual(expected).primal, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert len(calls) == 1
 
 
 def test_derivatives_large_matrices_and_other_numbers_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
     small = torch.randn(1, 8, 12)
-    newton_schulz(small.requires_grad_(), ABC, 5).sum().backward()
+    newton_schulz(small.requires_grad_(), ABC, 5, SCALE).sum().backward()
     assert small.grad is not None
-    newton_schulz(torch.randn(1, functions.SMALL + 1, functions.SMALL + 2), ABC, 1)
+    newton_schulz(torch.randn(1, functions.SMALL + 1, functions.SMALL + 2), ABC, 1, SCALE)
     for rows, columns in ((1, 100), (100, 1), (2, functions.FEW)):
-        newton_schulz(torch.randn(1, rows, columns), ABC, 1)
+        newton_schulz(torch.randn(1, rows, columns), ABC, 1, SCALE)
     for dtype in (torch.float64, torch.bfloat16):
-        assert newton_schulz(torch.randn(1, 8, 12).to(dtype), ABC, 5).dtype == dtype
-    assert newton_schulz(torch.randn(1, 0, 12), ABC, 5).shape == (1, 0, 12)
+        assert newton_schulz(torch.randn(1, 8, 12).to(dtype), ABC, 5, SCALE).dtype == dtype
+    assert newton_schulz(torch.randn(1, 0, 12), ABC, 5, SCALE).shape == (1, 0, 12)
     assert not calls
 
 

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("passes.cpp")
 # read 5 % faster.
 BLOCK, LONG_BLOCK, LONG = 2**13, 2**15, 2**20
 # The longest smaller side of a matrix that is orthogonalised in C++, and its elements: above, the products of a library are faster.
-SMALL, FEW = 128, 2**17
+SMALL, FEW = 128, 2**20
 # After torch's own flags: it compiles its kernels without vectorising loops, without FMA, and with the errno of every root.
 FLAGS = ("-O3", "-fno-math-errno", "-ftree-loop-vectorize", "-ffp-contract=fast")
 
@@ -92,19 +92,21 @@ def built() -> ctypes.CDLL | None:
     return functions if functions.usable() else None
 
 
-def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, least: float, follow: bool) -> Tensor | None:
+def orthogonal(
+    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, scale: Tensor, least: float, follow: bool
+) -> Tensor | None:
     """`newton_schulz` of muon.py in C++; None where the matrices are not small and on a CPU in float32, or derivatives are wanted."""
     if torch.compiler.is_compiling() or type(matrices) is not Tensor or not matrices.is_cpu or matrices.dtype != torch.float32:
         return None
     count, rows, columns = matrices.shape
     functions = installed() if count and 1 < min(rows, columns) <= SMALL and rows * columns <= FEW else None
-    if functions is None or matrices.requires_grad or forward_ad.unpack_dual(matrices).tangent is not None:
+    if functions is None or any(t.requires_grad or forward_ad.unpack_dual(t).tangent is not None for t in (matrices, scale)):
         return None
-    matrices = matrices.resolve_neg().contiguous()
+    matrices, scale = matrices.resolve_neg().contiguous(), scale.to(matrices)
     found = torch.empty_like(matrices)
     abc = (ctypes.c_float * 3)(*coefficients)
     pointers = matrices.data_ptr(), found.data_ptr()
-    functions.orthogonal(torch.get_num_threads(), count, rows, columns, *pointers, steps, abc, least, follow)
+    functions.orthogonal(torch.get_num_threads(), count, rows, columns, *pointers, steps, abc, least, follow, scale.data_ptr())
     return found
 
 
@@ -114,7 +116,7 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     functions.look.argtypes = [number, number, *table, pointer, pointer]
     functions.take.argtypes = [number, *table, number, pointer, pointer, pointer, pointer]
     functions.look.restype, functions.take.restype = ctypes.c_int, None
-    functions.orthogonal.argtypes = [number, number, number, number, pointer, pointer, number, pointer, ctypes.c_float, number]
+    functions.orthogonal.argtypes = [number, number, number, number, pointer, pointer, number, pointer, ctypes.c_float, number, pointer]
     functions.orthogonal.restype = None
     functions.usable.argtypes, functions.usable.restype = [], ctypes.c_int
     functions.source.argtypes, functions.source.restype = [], ctypes.c_uint32

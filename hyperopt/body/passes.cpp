@@ -452,6 +452,8 @@ typedef float Vector;
 
 constexpr int ROWS = 6;                       // of a product that are computed together,
 constexpr int COLUMNS = LANES == 16 ? 4 : 2;  // with this many vectors of each: they stay in registers
+constexpr int OTHERS = LANES == 16 ? 3 : 2;   // rows that ROWS rows are multiplied with at a time, where both lie along the sum
+constexpr int WIDE = COLUMNS * LANES;
 
 inline Vector load(const float* from) {
     Vector v;
@@ -470,8 +472,9 @@ struct Matrix {
     const float* row(int64_t i) const { return at.data() + i * stride; }
 };
 
-// `wide` vectors of ROWS rows of a·A·B + b·C.
-template <int wide> void tile(int64_t i, int64_t j, float a, const Matrix& A, const Matrix& B, float b, const Matrix& C, Matrix& out) {
+// `wide` vectors of ROWS rows of a·A·B + b·C, to the columns of `out` from `to` on.
+template <int wide>
+void tile(int64_t i, int64_t j, float a, const Matrix& A, const Matrix& B, float b, const Matrix& C, Matrix& out, int64_t to) {
     Vector sums[ROWS][wide] = {};
     const float* left = A.row(i);
     for (int64_t k = 0; k < A.columns; k++) {
@@ -484,53 +487,78 @@ template <int wide> void tile(int64_t i, int64_t j, float a, const Matrix& A, co
         for (int v = 0; v < wide; v++) {
             Vector found = a * sums[r][v];
             if (b != 0) found = found + b * load(C.row(i + r) + j + v * LANES);
-            std::memcpy(out.row(i + r) + j + v * LANES, &found, sizeof found);
+            std::memcpy(out.row(i + r) + to + v * LANES, &found, sizeof found);
         }
 }
 
-// out = a·A·B + b·C, where `out` is none of the others.
+// out = a·A·B + b·C, which is known to be symmetric; `out` is none of the others.
 void multiply(float a, const Matrix& A, const Matrix& B, float b, const Matrix& C, Matrix& out) {
-    int64_t j = 0;
-    for (; j + COLUMNS * LANES <= B.stride; j += COLUMNS * LANES)
-        for (int64_t i = 0; i < A.rows; i += ROWS) tile<COLUMNS>(i, j, a, A, B, b, C, out);
-    for (; j < B.stride; j += LANES)
-        for (int64_t i = 0; i < A.rows; i += ROWS) tile<1>(i, j, a, A, B, b, C, out);
+    for (int64_t i = 0; i < A.rows; i += ROWS)
+        for (int64_t j = i / LANES * LANES; j < B.stride; j += WIDE)
+            choose<1, 2, 3, COLUMNS>(static_cast<int>(std::min<int64_t>(B.stride - j, WIDE)) / LANES,
+                                     [&](auto wide) { tile<wide>(i, j, a, A, B, b, C, out, j); });
+    for (int64_t i = 0; i < out.columns; i++)
+        for (int64_t j = 0; j < i; j++) out.row(i)[j] = out.row(j)[i];
+}
+
+// out = x·xᵀ.
+void square(const Matrix& x, Matrix& out) {
+    for (int64_t i = 0; i < x.rows; i += ROWS)
+        for (int64_t j = i; j < x.rows; j += OTHERS) {
+            Vector sums[ROWS][OTHERS] = {};
+            for (int64_t k = 0; k < x.stride; k += LANES) {
+                Vector right[OTHERS];
+                for (int o = 0; o < OTHERS; o++) right[o] = load(x.row(j + o) + k);
+                for (int r = 0; r < ROWS; r++)
+                    for (int o = 0; o < OTHERS; o++) sums[r][o] = sums[r][o] + load(x.row(i + r) + k) * right[o];
+            }
+            for (int64_t r = i; r < std::min(i + ROWS, out.columns); r++)
+                for (int64_t o = j; o < std::min(j + OTHERS, out.columns); o++) {
+                    float lanes[LANES], sum = 0;
+                    std::memcpy(lanes, &sums[r - i][o - j], sizeof lanes);
+                    for (float lane : lanes) sum += lane;
+                    out.row(r)[o] = out.row(o)[r] = sum;
+                }
+        }
+}
+
+// A matrix of a caller, with the elements at[i·down + j·along].
+template <class Float> struct Lying {
+    Float* at;
+    int64_t down, along;
+};
+
+// Copies `rows` x `columns` elements of a matrix, in stretches that are short in both directions where one lies across the other.
+template <class From, class To> void copy(int64_t rows, int64_t columns, From from, To to) {
+    if (from.along == 1 && to.along == 1) {
+        for (int64_t i = 0; i < rows; i++) std::copy_n(from.at + i * from.down, columns, to.at + i * to.down);
+        return;
+    }
+    for (int64_t start = 0; start < columns; start += LANES)
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = start; j < std::min(start + LANES, columns); j++) to.at[i * to.down + j * to.along] = from.at[i * from.down + j * from.along];
 }
 
 // Newton-Schulz as in muon.py.
 class Orthogonal {
-    Matrix x, xt, y, gram, other, q, product;
+    Matrix x, part, gram, other, q, product;
 
 public:
-    Orthogonal(int64_t r, int64_t c) : x(r, c), xt(c, r), y(r, c), gram(r, r), other(r, r), q(r, r), product(r, r) {}
+    Orthogonal(int64_t r, int64_t c) : x(r, c), part(r, WIDE), gram(r, r), other(r, r), q(r, r), product(r, r) {}
 
-    // Of the matrix with the elements in[i·down + j·along], to the same places of `out`. follow: x·xᵀ is followed and not computed anew.
-    void operator()(const float* in, float* out, int64_t down, int64_t along, int64_t steps, const float* abc, float least, bool follow) {
+    // scale·U·Vᵀ of `in` to `out`. follow: x·xᵀ is followed and not computed anew.
+    void operator()(Lying<const float> in, Lying<float> out, int64_t steps, const float* abc, float least, bool follow, float scale) {
         const float a = abc[0], b = abc[1], c = abc[2];
-        const int64_t r = xt.columns, n = x.columns;
-        double squares = 0;
-        for (int64_t i = 0; i < r; i++) {
-            float* row = x.row(i);
-            float sums[LANES] = {};
-            for (int64_t j = 0; j < n; j++) row[j] = in[i * down + j * along];
-            for (int64_t j = 0; j < x.stride; j += LANES)
-                for (int l = 0; l < LANES; l++) sums[l] += row[j + l] * row[j + l];
-            for (float sum : sums) squares += sum;
-        }
-        const float norm = std::max(static_cast<float>(std::sqrt(squares)), least);
-        for (int64_t i = 0; i < r; i++)
-            for (int64_t j = 0; j < n; j++) x.row(i)[j] /= norm;
+        const int64_t r = gram.columns;
+        const Lying<float> mine{x.row(0), x.stride, 1};
+        copy(r, x.columns, in, mine);
+        const float norm = std::max(static_cast<float>(std::sqrt(squares())), least);
+        for (float& element : x.at) element /= norm;
         for (int64_t step = 0; step < steps; step++) {
-            if (!step || !follow) {
-                for (int64_t j = 0; j < n; j++)
-                    for (int64_t i = 0; i < r; i++) xt.row(j)[i] = x.row(i)[j];
-                multiply(1, x, xt, 0, gram, other);
-                std::swap(gram, other);
-            }
+            if (!step || !follow) square(x, gram);
             multiply(c, gram, gram, b, gram, q);
             if (!follow) {
-                multiply(1, q, x, a, x, y);
-                std::swap(x, y);
+                apply(1, q, a, mine);
                 continue;
             }
             if (step) {
@@ -545,12 +573,32 @@ public:
                 multiply(1, other, q, a, other, gram);
             }
         }
-        if (follow) {
-            multiply(1, product, x, 0, x, y);
-            std::swap(x, y);
+        if (follow) return apply(scale, product, 0, out);
+        for (float& element : x.at) element *= scale;
+        copy(r, x.columns, mine, out);
+    }
+
+private:
+    double squares() const {
+        double sum = 0;
+        for (size_t from = 0; from < x.at.size(); from += x.stride) {
+            float sums[LANES] = {};
+            for (int64_t j = 0; j < x.stride; j += LANES)
+                for (int l = 0; l < LANES; l++) sums[l] += x.at[from + j + l] * x.at[from + j + l];
+            for (float lane : sums) sum += lane;
         }
-        for (int64_t i = 0; i < r; i++)
-            for (int64_t j = 0; j < n; j++) out[i * down + j * along] = x.row(i)[j];
+        return sum;
+    }
+
+    // a·A·x + b·x to `out`, which may be x.
+    void apply(float a, const Matrix& A, float b, Lying<float> out) {
+        for (int64_t j = 0; j < x.columns; j += WIDE) {
+            const int64_t wide = std::min<int64_t>(x.stride - j, WIDE);
+            for (int64_t i = 0; i < x.rows; i += ROWS)
+                choose<1, 2, 3, COLUMNS>(static_cast<int>(wide) / LANES, [&](auto w) { tile<w>(i, j, a, A, x, b, x, part, 0); });
+            copy(A.columns, std::min<int64_t>(x.columns - j, WIDE), Lying<float>{part.row(0), part.stride, 1},
+                 Lying<float>{out.at + j * out.along, out.down, out.along});
+        }
     }
 };
 
@@ -707,15 +755,17 @@ extern "C" void take(int64_t threads, int64_t blocks, const int64_t* block, int6
     sums[5] = total(blocks, partial, 5);
 }
 
-// U·Vᵀ of each of `count` matrices of `rows` x `columns`, one after the other in `in`, to `out`. No norm below `least` is divided by.
+// U·Vᵀ of each of `count` matrices of `rows` x `columns`, one after the other in `in`, `scale` times, to `out`. No norm below `least` is
+// divided by.
 extern "C" void orthogonal(int64_t threads, int64_t count, int64_t rows, int64_t columns, const float* in, float* out, int64_t steps,
-                           const float* coefficients, float least, int64_t follow) {
+                           const float* coefficients, float least, int64_t follow, const float* scale) {
     const bool tall = rows > columns;
     const auto work = [&](int64_t begin, int64_t end) {
         Orthogonal found(std::min(rows, columns), std::max(rows, columns));
         for (int64_t m = begin; m < end; m++) {
             const int64_t start = m * rows * columns;
-            found(in + start, out + start, tall ? 1 : columns, tall ? columns : 1, steps, coefficients, least, follow);
+            const int64_t down = tall ? 1 : columns, along = tall ? columns : 1;
+            found({in + start, down, along}, {out + start, down, along}, steps, coefficients, least, follow, *scale);
         }
     };
 #ifdef _OPENMP

@@ -112,24 +112,24 @@ class Muon(Rule, metaclass=Splits):
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         new: State = {}
-        if self.smoothing:
-            new["smoothed"] = lerp(state["smoothed"], g, 1 - self.smoothing)
-            g = new["smoothed"] / -expm1(t * math.log(self.smoothing))
+        if self.smoothing:  # the mean with the correction of bias, in which the last gradient's share falls from 1 to 1 − smoothing
+            share = (self.smoothing - 1) / expm1(t * math.log(self.smoothing))
+            g = new["smoothed"] = lerp(state["smoothed"], g, share)
         n = g
         if self.momentum != 0:
             m = new["m"] = lerp(state["m"], g, h.one_minus("momentum"))
             n = lerp(g, m, h.momentum) if self.nesterov else m
-        d = self._orthogonal(n)
+        scale = n.new_ones(())
         if self.norm_decays:
             size = square(n.norm())
             means = []
             for name, decay in zip(("norm_now", "norm"), self.norm_decays, strict=True):
                 new[name] = lerp(state[name], size, 1 - decay)
                 means.append(new[name] / -expm1(t * math.log(decay)))
-            d = d * root(means[0] / means[1].clamp_min(finfo(size.dtype).tiny))
-        return d, new
+            scale = root(means[0] / means[1].clamp_min(finfo(size.dtype).tiny))
+        return self._orthogonal(n, scale), new
 
-    def _orthogonal(self, n: Tensor) -> Tensor:
+    def _orthogonal(self, n: Tensor, scale: Tensor) -> Tensor:
         """`n` with each of its matrices orthogonalised and scaled."""
         rows = n.shape[0] if n.dim() else 1
         matrices = n.reshape(self.role.blocks, rows // self.role.blocks, n.numel() // max(rows, 1))
@@ -140,26 +140,26 @@ class Muon(Rule, metaclass=Splits):
         k, more = divmod(matrices.shape[1], count)
         sizes = [(k + 1, more), (k, count - more)]
         pieces = matrices.split([size * times for size, times in sizes], dim=1)
-        parts = [self._scaled(piece, times) for piece, (size, times) in zip(pieces, sizes, strict=True) if times]
+        parts = [self._scaled(piece, times, scale) for piece, (size, times) in zip(pieces, sizes, strict=True) if times]
         return (parts[0] if len(parts) == 1 else cat(parts, dim=1)).reshape(n.shape)
 
-    def _scaled(self, matrices: Tensor, times: int) -> Tensor:
+    def _scaled(self, matrices: Tensor, times: int, scale: Tensor) -> Tensor:
         """Matrices with each of their `times` blocks of rows orthogonalised and scaled."""
         count, rows, columns = matrices.shape
         blocks = matrices.reshape(count * times, rows // times, columns)
-        found = newton_schulz(blocks, self.ns_coefficients, self.ns_steps) * SCALES[self.adjust_lr_fn](rows // times, max(columns, 1))
-        return found.view(matrices.shape)
+        scale = scale * SCALES[self.adjust_lr_fn](rows // times, max(columns, 1))
+        return newton_schulz(blocks, self.ns_coefficients, self.ns_steps, scale).view(matrices.shape)
 
 
-def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """U·Vᵀ of each matrix U·S·Vᵀ of a batch, approximately; 0 for a matrix of zeros."""
+def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, scale: Tensor) -> Tensor:
+    """scale·U·Vᵀ of each matrix U·S·Vᵀ of a batch, approximately; 0 for a matrix of zeros."""
     a, b, c = coefficients
     # A wide matrix is read twice and not in every step: x·xᵀ is followed instead, and so is the product of what the steps multiply x with,
     # a + q each. All of these are polynomials of the first x·xᵀ, so that their order is no matter. Eigenvalues that are 0 grow by a² in a
     # step, and so do their rounding errors: where these would be felt, x·xᵀ is computed anew.
     short, long = sorted(matrices.shape[1:])
     follow = long >= 2 * short and abs(a) ** (2 * (steps - 1)) * finfo(matrices.dtype).eps <= FELT
-    if (found := orthogonal(matrices, coefficients, steps, EPS, follow)) is not None:
+    if (found := orthogonal(matrices, coefficients, steps, scale, EPS, follow)) is not None:
         return found
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -169,13 +169,14 @@ def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], st
         for step in range(steps):
             gram = x @ x.mT if step else gram
             x = baddbmm(x, baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = x * scale
         return x.mT if tall else x
-    product = None
+    product = (scale * eye(short, dtype=x.dtype, device=x.device)).expand_as(gram)
     for step in range(steps):
         q = baddbmm(gram, gram, gram, beta=b, alpha=c)
-        product = a * eye(q.shape[1], dtype=x.dtype, device=x.device) + q if product is None else baddbmm(product, q, product, beta=a)
+        product = baddbmm(product, product, q, beta=a)
         if step < steps - 1:
             once = baddbmm(gram, q, gram, beta=a)
             gram = baddbmm(once, once, q, beta=a)
-    x = x if product is None else product @ x
+    x = product @ x
     return x.mT if tall else x
