@@ -47,13 +47,14 @@ def held(eta: float, running_max: bool, **options: Any) -> Hyper:
     return Hyper(Exponent, lr=1e-3, beta1=1e-3, eta=eta, running_max=running_max, **options)
 
 
-# Without a prior, which would take eta back to 2: the question is where the hypergradients take it.
+# Without a prior, which would take eta back to 2, and with the horizon of lr: the question is where the hypergradients take it.
+FREE: dict[str, Any] = {"prior": None, "horizon": 1000}
 METHODS = {
     "held": training.Method("eta and lr held", held, "C7"),
-    "eta": training.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta", prior=None).stack(Adam), "C0"),
+    "eta": training.Method("eta learned", lambda eta, maximum: held(eta, maximum, learn="eta", **FREE).stack(Adam), "C0"),
     "lr": training.Method("lr learned", lambda eta, maximum: held(eta, maximum).stack(Adam), "C1", "--"),
     "both": training.Method(
-        "lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta"), prior=None).stack(Adam), "C2", "-."
+        "lr and eta learned", lambda eta, maximum: held(eta, maximum, learn=("lr", "eta"), **FREE).stack(Adam), "C2", "-."
     ),
 }
 REFERENCES: dict[str, Any] = {

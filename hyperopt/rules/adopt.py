@@ -43,7 +43,7 @@ class ADOPT(Rule):
     beta1: float = hyper(0.9, UnitInterval(), horizon=1)
     beta2: float = hyper(0.9999, UnitInterval(), horizon=10)
     eps: float = hyper(1e-6, Positive())
-    clip: float = hyper(1.0, Positive())
+    clip: float = hyper(1.0, Positive(), horizon=10)
     clip_power: float = hyper(0.25, Positive())
     weight_decay: float = hyper(0.0, Positive())
     clipped: bool = True

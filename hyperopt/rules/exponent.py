@@ -46,7 +46,7 @@ class Exponent(Moments):
     beta1: float = hyper(0.9, UnitInterval(), horizon=1)
     beta2: float = hyper(0.999, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
-    eta: float = hyper(2.0, Positive(scale=0.1))
+    eta: float = hyper(2.0, Positive(scale=0.1), horizon=1)
     p: float = hyper(0.5, UnitInterval())
     weight_decay: float = hyper(0.0, Positive())
     running_max: bool = False

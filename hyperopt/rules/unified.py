@@ -65,7 +65,7 @@ class Unified(Rule):
     beta1: float = hyper(0.9, UnitInterval(), horizon=1)
     beta2: float = hyper(0.999, UnitInterval(), horizon=10)
     damping: float = hyper(1e-8, UnitInterval())
-    eta: float = hyper(2.0, Positive(scale=0.1))
+    eta: float = hyper(2.0, Positive(scale=0.1), horizon=1)
     nesterov: float = hyper(0.0, UnitInterval())
     amsgrad: float = hyper(0.0, UnitInterval())
     adopt: float = hyper(0.0, UnitInterval())
