@@ -448,7 +448,19 @@ def assert_equal(one: Weights, two: Weights) -> None:
 # ---- orthogonal factors
 
 
-SHAPES = [(1, 2, 2), (1, 5, 2), (1, 2, 5), (2, 64, 784), (3, 33, 50), (1, 200, 70), (5, 16, 16), (1, 128, 128), (2, 6, 64), (2, 7, 65), (1, 30, 9000)]
+SHAPES = [
+    (1, 2, 2),
+    (1, 5, 2),
+    (1, 2, 5),
+    (2, 64, 784),
+    (3, 33, 50),
+    (1, 200, 70),
+    (5, 16, 16),
+    (1, 128, 128),
+    (2, 6, 64),
+    (2, 7, 65),
+    (1, 30, 9000),
+]
 ABC, SCALE = Muon.ns_coefficients, torch.tensor(0.7)
 
 
@@ -471,8 +483,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonal_factors_are_those_of_float64(shape: tuple[int, ...], steps: int, calls: list[tuple[int, ...]]) -> None:
     matrices = torch.randn(shape)
-    torch.testing.assert_close(newton_schulz(matrices, ABC, steps, SCALE), newton_schulz(matrices.double(), ABC, steps, SCALE).float(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(newton_schulz(matrices.mT, ABC, steps, SCALE), newton_schulz(matrices, ABC, steps, SCALE).mT, rtol=0, atol=1e-4)
+    found = newton_schulz(matrices, ABC, steps, SCALE)
+    torch.testing.assert_close(found, newton_schulz(matrices.double(), ABC, steps, SCALE).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(newton_schulz(matrices.mT, ABC, steps, SCALE), found.mT, rtol=0, atol=1e-4)
     assert calls[0] == shape
 
 
@@ -518,7 +531,9 @@ def test_orthogonal_factors_of_hostile_sizes_are_those_of_torch(scale: float, ca
 
 
 def test_derivatives_large_matrices_and_other_numbers_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
-    small = torch.randn(1, 8, 12)
+    small, scale = torch.randn(1, 8, 12), torch.tensor(2.0, requires_grad=True)
+    newton_schulz(small, ABC, 5, scale).sum().backward()
+    assert scale.grad is not None
     newton_schulz(small.requires_grad_(), ABC, 5, SCALE).sum().backward()
     assert small.grad is not None
     newton_schulz(torch.randn(1, functions.SMALL + 1, functions.SMALL + 2), ABC, 1, SCALE)

@@ -21,6 +21,7 @@ from hyperopt import (
     Averaged,
     Ball,
     Box,
+    Exponent,
     Hyper,
     Interval,
     Muon,
@@ -159,7 +160,8 @@ def test_a_horizon_for_each_hyperparameter():
         (Averaged(SGD), {"momentum": 1}),
         (Muon | Adam, {"lr": 1000, "momentum": 1, "beta1": 1, "beta2": 1, "weight_decay": 1000}),
         (ScheduleFree(Muon | Adam), {"lr": 500, "beta1": 500, "beta2": 1}),
-        (ADOPT, {"beta1": 1, "beta2": 10}),
+        (ADOPT, {"beta1": 1, "beta2": 10, "clip": 10}),
+        (Exponent, {"beta2": 1, "eta": 1, "eps": 1000}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

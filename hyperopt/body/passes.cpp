@@ -536,7 +536,8 @@ template <class From, class To> void copy(int64_t rows, int64_t columns, From fr
     }
     for (int64_t start = 0; start < columns; start += LANES)
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = start; j < std::min(start + LANES, columns); j++) to.at[i * to.down + j * to.along] = from.at[i * from.down + j * from.along];
+            for (int64_t j = start; j < std::min(start + LANES, columns); j++)
+                to.at[i * to.down + j * to.along] = from.at[i * from.down + j * from.along];
 }
 
 // Newton-Schulz as in muon.py.
