@@ -54,8 +54,7 @@ CORRECTED = (
     "small for hundreds of steps, and the held lr does not make up for it. Without bias correction the error on MNIST is 5.45 in place of "
     "6.54 % (validation data)"
 )
-SMALL = "learning lr alone already makes up for nearly all that the bad value costs; what is left is less than half a point"
-WHY = {("lr held", "beta2"): CORRECTED, ("lr learned", "eta"): SMALL, ("lr learned", "clip"): SMALL}
+WHY = {("lr held", "beta2"): CORRECTED}
 HELD = ("good", "bad", "learned")
 
 
