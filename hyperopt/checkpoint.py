@@ -36,7 +36,7 @@ def fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence[Any], driv
 
 
 def _fitted(state_dict: dict[str, Any], tower: Level, groups: Sequence[Any], driven: Optimizer | None) -> dict[str, Any]:
-    found, mine = state_dict.get("param_groups", []), tower.structure()
+    found, mine = state_dict["param_groups"], tower.structure()
     if len(found) != len(groups):
         raise ValueError(f"the checkpoint has {len(found)} parameter groups and this optimizer {len(groups)}: bind the same groups")
     for saved in found:

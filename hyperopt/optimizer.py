@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import adopt, checkpoint, driven, held_out, roles
 from .group import Group
-from .param_group import check_arguments, check_parameters, check_scheduler, defaults, prepared
+from .param_group import check_arguments, check_parameters, check_scheduler, defaults, prepared, with_names
 from .rules.black_box import BlackBox
 from .spec.level import Level
 
@@ -67,7 +67,7 @@ class HyperOptimizer(Optimizer):
         """Add parameters with a tower of their own; values in the group override the tower's at level 0."""
         if self.driven is not None:
             raise ValueError(f"{self.tower.rule} is driven as a whole: add the parameters to it before a tower is made from it")
-        super().add_param_group(prepared(param_group, self.tower))
+        super().add_param_group(with_names(prepared(param_group, self.tower), self.param_groups))
         added = self.param_groups[-1]
         if "momentum" not in self.tower.rule.declared():
             added.pop("momentum", None)

@@ -68,6 +68,18 @@ def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
     return group
 
 
+def with_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The group with names for its parameters, if it has none and the groups before it do: torch wants them for all or for none, and a user
+    who gave a module has not given any."""
+    params = group["params"]
+    bare = isinstance(params, Tensor) or (isinstance(params, list) and all(isinstance(p, Tensor) for p in params))
+    if not (bare and groups and "param_names" in groups[0]):
+        return group
+    return group | {
+        "params": [(f"group {len(groups)}, tensor {i}", p) for i, p in enumerate([params] if isinstance(params, Tensor) else params)]
+    }
+
+
 def _check_other(name: str, value: Any, tower: Level) -> None:
     """Raise unless an entry that is not a hyperparameter of the tower can be kept, as torch keeps it: for the user's own use."""
     known = tower.rule.declared()
@@ -81,7 +93,7 @@ def _check_other(name: str, value: Any, tower: Level) -> None:
         if not same and value is not None:
             remedy = f"the whole tower has {mine}" if mine is not None else f"{type(tower.rule).__name__} has {', '.join(known)}"
             raise ValueError(f"a parameter group has an unknown entry {name!r}: {remedy}")
-    elif close := difflib.get_close_matches(name, known, 1, 0.85):
+    elif close := difflib.get_close_matches(name.lower(), known, 1, 0.85):
         raise ValueError(f"a parameter group has an unknown entry {name!r}: write {close[0]!r}, or give it another name")
 
 
@@ -97,6 +109,10 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     if not params:
         raise ValueError("a parameter group has an empty parameter list: give at least one tensor")
     for p in params:
+        if p.is_meta:
+            raise ValueError(
+                "a parameter is on the meta device, where it has no values: move the model with to_empty(device=…) and fill it first"
+            )
         if p.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"a parameter of dtype {p.dtype} cannot be trained here: give real floating-point tensors, {names}")

@@ -91,6 +91,8 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False, s
     Muon: 0.weight
     Adam: 0.bias, 2.weight, 2.bias
     """
+    if model_or_params is None:
+        raise TypeError("auto() needs the model, or parameters: pass the model itself, hyperopt.auto(model)")
     if lr == 0:
         raise ValueError("lr = 0 is on the boundary of its domain and cannot be learned: give a number above 0, or leave it out for 1e-3")
     tower = TOWER if lr is None else TOWER.replace(lr=lr)
@@ -98,8 +100,6 @@ def auto(model_or_params: Any, lr: float | None = None, compile: bool = False, s
         return tower.bind(model_or_params, compile=compile)
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps = {steps!r} must be the number of all steps of a training, at least 1; leave it out where it is not known")
-    if model_or_params is None:
-        tower.bind(None)  # raises
     return Descending(tower, model_or_params, steps, compile=compile)
 
 

@@ -54,6 +54,12 @@ def test_compile_is_true_or_false(value):
         (lambda p: [{"params": [p]}, {"params": [p]}], ValueError, "more than one parameter group"),
         (lambda p: [{"params": [p], "momentum": 0.9}], ValueError, "unknown entry 'momentum': Adam has lr, beta1, beta2"),
         (lambda p: [{"params": [p], "learning_rate": 0.9}], ValueError, "unknown entry 'learning_rate': Adam has lr"),
+        (lambda p: [{"params": [p], "Lr": 0.9}], ValueError, "unknown entry 'Lr': write 'lr'"),
+        (
+            lambda p: [nn.Parameter(torch.ones(2, device="meta"))],
+            ValueError,
+            r"on the meta device, where it has no values: move the model with to_empty\(device=…\)",
+        ),
         (lambda p: [{"params": [p], "lr": -1.0}], ValueError, "lr = -1.0 is outside its domain .*give at least 0"),
         (lambda p: [{"params": [p], "beta1": 1.5}], ValueError, "beta1 = 1.5 is outside its domain .*give between 0 and 1"),
         (lambda p: [{"params": [p], "betas": (0.9, 7.0)}], ValueError, "beta2 = 7.0 is outside its domain"),
@@ -362,7 +368,8 @@ CHECKPOINTS = {
     "two groups": (lambda: trained(groups=2)[1].state_dict(), "has 2 parameter groups and this optimizer 1: bind the same groups"),
     "other widths": (lambda: trained(model=wider())[1].state_dict(), r"shape \(6, 4\) for a parameter of shape \(5, 4\)"),
     "more parameters": (lambda: trained(model=deeper())[1].state_dict(), "has 6 parameters and this one 4"),
-    "nothing": (dict, "parameter groups"),
+    "nothing": (dict, "not the checkpoint of a HyperOptimizer, or a part of it is missing: KeyError\\('param_groups'\\)"),
+    "something else": (lambda: {"weight": torch.ones(3)}, "not the checkpoint of a HyperOptimizer"),
     "no groups": (lambda: {"state": {}, "param_groups": []}, "has 0 parameter groups and this optimizer 1"),
     "no state": (lambda: cut(trained()[1].state_dict(), "state"), "state"),
 } | {str(tower): (lambda tower=tower: trained(tower)[1].state_dict(), "is of another tower: .*; this one is") for tower in OTHER_TOWERS}

@@ -1069,6 +1069,20 @@ def test_a_checkpoint_of_one_dtype_is_loaded_into_a_model_of_two():
 # ---- more groups, granularity, pace
 
 
+@pytest.mark.parametrize("given", [list, lambda made: made[0], lambda made: (p for p in made)], ids=["list", "tensor", "generator"])
+def test_a_group_without_names_beside_those_of_a_module(given):
+    """torch wants names in all groups or in none, and the user has given none."""
+    optimizer = Hyper.parse("(Muon | Adam) / Adam").bind(nn.Linear(2, 3))
+    added = given([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))])
+    optimizer.add_param_group({"params": added, "lr": 0.1})
+    group = optimizer.param_groups[1]
+    assert group["param_names"] == [f"group 1, tensor {i}" for i in range(len(group["params"]))]
+    for p in group["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(bool((p < 1).all()) for p in group["params"])
+
+
 def test_add_param_group_later():
     model, optimizer = bound(CHAIN, torch.float64)
     train(model, optimizer, range(3))

@@ -530,6 +530,29 @@ def test_orthogonal_factors_of_hostile_sizes_are_those_of_torch(scale: float, ca
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("columns", [9, 17], ids=["computed anew", "followed"])
+@pytest.mark.parametrize("scale", [1.0, math.inf])
+def test_what_is_not_finite_stays_in_its_matrix(scale: float, columns: int, calls: list[tuple[int, ...]]) -> None:
+    matrices = torch.randn(3, 6, columns)
+    matrices[0, 0, 0] = math.nan
+    found = newton_schulz(matrices, ABC, 5, torch.tensor(scale))
+    assert found[0].isnan().all()
+    alone = torch.cat([newton_schulz(matrices[i : i + 1], ABC, 5, torch.tensor(scale)) for i in (1, 2)])
+    assert torch.equal(found[1:], alone)
+    assert not alone.isnan().any()
+    assert len(calls) == 3
+
+
+def test_functional_transforms_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
+    matrices = torch.randn(2, 6, 9)
+    expected = newton_schulz(matrices.double(), ABC, 5, SCALE).float()
+    mapped = torch.func.vmap(lambda m, scale: newton_schulz(m[None], ABC, 5, scale)[0])(matrices, SCALE.expand(2))
+    functional = torch.func.functionalize(lambda m: newton_schulz(m * 1, ABC, 5, SCALE))(matrices)
+    for found in (mapped, functional):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert not calls
+
+
 def test_derivatives_large_matrices_and_other_numbers_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
     small, scale = torch.randn(1, 8, 12), torch.tensor(2.0, requires_grad=True)
     newton_schulz(small, ABC, 5, scale).sum().backward()

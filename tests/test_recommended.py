@@ -161,7 +161,7 @@ def test_an_lr_that_is_none_is_refused(lr, error, message):
     [
         ([], ValueError, "empty parameter list"),
         (torch.nn.ReLU(), ValueError, "empty parameter list"),
-        (None, TypeError, r"pass model\.parameters\(\)"),
+        (None, TypeError, r"auto\(\) needs the model, or parameters: pass the model itself"),
         (torch.nn.Linear, TypeError, r"got type: pass model\.parameters\(\)"),
         ("abc", TypeError, r"got str: pass model\.parameters\(\)"),
         ([{"lr": 1.0}], ValueError, "needs an entry 'params', got only 'lr'"),

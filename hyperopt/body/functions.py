@@ -96,7 +96,8 @@ def orthogonal(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, scale: Tensor, least: float, follow: bool
 ) -> Tensor | None:
     """`newton_schulz` of muon.py in C++; None where the matrices are not small and on a CPU in float32, or derivatives are wanted."""
-    if torch.compiler.is_compiling() or type(matrices) is not Tensor or not matrices.is_cpu or matrices.dtype != torch.float32:
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or type(matrices) is not Tensor or not matrices.is_cpu or matrices.dtype != torch.float32:
         return None
     count, rows, columns = matrices.shape
     functions = installed() if count and 1 < min(rows, columns) <= SMALL and rows * columns <= FEW else None

@@ -554,7 +554,7 @@ public:
         const Lying<float> mine{x.row(0), x.stride, 1};
         copy(r, x.columns, in, mine);
         const float norm = std::max(static_cast<float>(std::sqrt(squares())), least);
-        for (float& element : x.at) element /= norm;
+        each([&](float& element) { element /= norm; });
         for (int64_t step = 0; step < steps; step++) {
             if (!step || !follow) square(x, gram);
             multiply(c, gram, gram, b, gram, q);
@@ -575,11 +575,17 @@ public:
             }
         }
         if (follow) return apply(scale, product, 0, out);
-        for (float& element : x.at) element *= scale;
+        each([&](float& element) { element *= scale; });
         copy(r, x.columns, mine, out);
     }
 
 private:
+    // Calls f for the elements of x. Not for what is beyond its columns, which must stay 0 whatever f is: the next matrix finds it there.
+    template <class F> void each(F f) {
+        for (int64_t i = 0; i < gram.columns; i++)
+            for (int64_t j = 0; j < x.columns; j++) f(x.row(i)[j]);
+    }
+
     double squares() const {
         double sum = 0;
         for (size_t from = 0; from < x.at.size(); from += x.stride) {
