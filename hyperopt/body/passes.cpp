@@ -522,8 +522,8 @@ void square(const Matrix& x, Matrix& out) {
         }
 }
 
-// A matrix of a caller, with the elements at[i·down + j·along].
-template <class Float> struct Lying {
+// A matrix wherever it is, with the elements at[i·down + j·along].
+template <class Float> struct View {
     Float* at;
     int64_t down, along;
 };
@@ -548,10 +548,10 @@ public:
     Orthogonal(int64_t r, int64_t c) : x(r, c), part(r, WIDE), gram(r, r), other(r, r), q(r, r), product(r, r) {}
 
     // scale·U·Vᵀ of `in` to `out`. follow: x·xᵀ is followed and not computed anew.
-    void operator()(Lying<const float> in, Lying<float> out, int64_t steps, const float* abc, float least, bool follow, float scale) {
+    void operator()(View<const float> in, View<float> out, int64_t steps, const float* abc, float least, bool follow, float scale) {
         const float a = abc[0], b = abc[1], c = abc[2];
         const int64_t r = gram.columns;
-        const Lying<float> mine{x.row(0), x.stride, 1};
+        const View<float> mine{x.row(0), x.stride, 1};
         copy(r, x.columns, in, mine);
         const float norm = std::max(static_cast<float>(std::sqrt(squares())), least);
         each([&](float& element) { element /= norm; });
@@ -598,13 +598,13 @@ private:
     }
 
     // a·A·x + b·x to `out`, which may be x.
-    void apply(float a, const Matrix& A, float b, Lying<float> out) {
+    void apply(float a, const Matrix& A, float b, View<float> out) {
         for (int64_t j = 0; j < x.columns; j += WIDE) {
             const int64_t wide = std::min<int64_t>(x.stride - j, WIDE);
             for (int64_t i = 0; i < x.rows; i += ROWS)
                 choose<1, 2, 3, COLUMNS>(static_cast<int>(wide) / LANES, [&](auto w) { tile<w>(i, j, a, A, x, b, x, part, 0); });
-            copy(A.columns, std::min<int64_t>(x.columns - j, WIDE), Lying<float>{part.row(0), part.stride, 1},
-                 Lying<float>{out.at + j * out.along, out.down, out.along});
+            copy(A.columns, std::min<int64_t>(x.columns - j, WIDE), View<float>{part.row(0), part.stride, 1},
+                 View<float>{out.at + j * out.along, out.down, out.along});
         }
     }
 };
