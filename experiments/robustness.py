@@ -6,7 +6,7 @@ The workloads are those of experiments/workloads.py. All methods have the same i
 method is run from which starts ("start": the initial lr), with how many seeds:
 
 - ScheduleFree(Adam) / Adam: from eleven decades with three seeds on m3 and r12, from five of these decades with two seeds on the other
-  workloads; hyperopt.auto alike, but on r12 from five decades.
+  workloads; hyperopt.auto alike, but on r12 from five decades, and on m3_30 with three seeds.
 - every other method: from the same five decades with one seed; and, for peers and Adam with a held lr, from the best lr of a half-decade
   grid (three seeds on m3 and r12, otherwise one). The best lr is chosen on held-out training data with one seed.
 - on m3 moreover all towers from all eleven decades with three seeds, and Adam's other hyperparameters from bad values.
@@ -177,7 +177,7 @@ def extent(name: str, workload: Workload, full: bool) -> tuple[list[float], int]
         return FEW, 3
     if full or (several and large) or (name in TOWERS and workload.name == "m3"):
         return STARTS, 3
-    return FEW, 2 if several else 1
+    return FEW, (3 if workload.name == "m3_30" else 2) if several else 1
 
 
 def window(name: str, method: Method, runs: dict[str, Any], full: bool) -> tuple[list[float], float | None]:
