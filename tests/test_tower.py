@@ -29,6 +29,7 @@ from hyperopt import (
     Real,
     Rule,
     ScheduleFree,
+    SpikeAwareAdam,
     UnitInterval,
     hyper,
 )
@@ -161,7 +162,8 @@ def test_a_horizon_for_each_hyperparameter():
         (Muon | Adam, {"lr": 1000, "momentum": 1, "beta1": 1, "beta2": 1, "weight_decay": 1000}),
         (ScheduleFree(Muon | Adam), {"lr": 500, "beta1": 500, "beta2": 1}),
         (ADOPT, {"beta1": 1, "beta2": 10, "clip": 10}),
-        (Exponent, {"beta2": 1, "eta": 1, "eps": 1000}),
+        (Exponent, {"beta2": 1, "eta": 1, "p": 1, "eps": 1000}),
+        (SpikeAwareAdam, {"beta2": 1, "clip": 1}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -47,7 +47,7 @@ class Exponent(Moments):
     beta2: float = hyper(0.999, UnitInterval(), horizon=1)
     eps: float = hyper(1e-8, Positive())
     eta: float = hyper(2.0, Positive(scale=0.1), horizon=1)
-    p: float = hyper(0.5, UnitInterval())
+    p: float = hyper(0.5, UnitInterval(), horizon=1)
     weight_decay: float = hyper(0.0, Positive())
     running_max: bool = False
     decoupled: bool = False

@@ -39,7 +39,7 @@ class SpikeAwareAdam(Adam):
     Hyper('Adam / SpikeAwareAdam(clip=3)')
     """
 
-    clip: float = hyper(5.0, Positive())
+    clip: float = hyper(5.0, Positive(), horizon=1)
 
     def direction(self, g: Tensor, state: State, h: Values, t: Tensor) -> tuple[Tensor, State]:
         v = state["v"] / h.one_minus_power("beta2", (t - 1).clamp_min(1))
