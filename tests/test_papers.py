@@ -252,7 +252,10 @@ def test_cells_differ_as_they_should():
         "SGD(lr=0.1, momentum=0.9, weight_decay=0.0001, learn=(lr, momentum, weight_decay)) / Adam"
     )
     text = {key: str(task.args[1]) for key, task in plans()["exponent_resnet20"].items()}
-    assert text["eta | eta 1/2, running max | 1"] == "Exponent(beta1=0.001, eta=0.5, running_max=True, learn=(eta,), horizon=1000, prior=None) / Adam"
+    assert (
+        text["eta | eta 1/2, running max | 1"]
+        == "Exponent(beta1=0.001, eta=0.5, running_max=True, learn=(eta,), horizon=1000, prior=None) / Adam"
+    )
     assert text["both | eta 4 | 0"] == "Exponent(beta1=0.001, eta=4.0, learn=(lr, eta), horizon=1000, prior=None) / Adam"
     text = {key: str(task.args[1]) for key, task in plans()["gpt"].items()}
     assert text["all | 0.1 | 0"] == "Adam(lr=0.1, weight_decay=0.01, decoupled=True, learn=(lr, beta1, beta2, eps, weight_decay)) / Adam"
