@@ -71,13 +71,11 @@ def prepared(param_group: Any, tower: Level) -> dict[str, Any]:
 def with_names(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The group with names for its parameters, if it has none and the groups before it do: torch wants them for all or for none, and a user
     who gave a module has not given any."""
-    params = group["params"]
-    bare = isinstance(params, Tensor) or (isinstance(params, list) and all(isinstance(p, Tensor) for p in params))
+    tensors = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    bare = isinstance(tensors, list) and all(isinstance(p, Tensor) for p in tensors)
     if not (bare and groups and "param_names" in groups[0]):
         return group
-    return group | {
-        "params": [(f"group {len(groups)}, tensor {i}", p) for i, p in enumerate([params] if isinstance(params, Tensor) else params)]
-    }
+    return group | {"params": [(f"group {len(groups)}, tensor {i}", p) for i, p in enumerate(tensors)]}
 
 
 def _check_other(name: str, value: Any, tower: Level) -> None:
