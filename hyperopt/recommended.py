@@ -58,7 +58,7 @@ TOWER = Hyper(
     rows=64,
     forget=0.05,
     through=0.99,
-).stack(SpikeAwareAdam, eps=1e-15)
+).stack(SpikeAwareAdam, eps=1e-15, decay_after=50)
 # Of a known number of steps: the share over which lr falls to 0, and between which shares y moves to the average.
 DESCENT, ARRIVAL = 0.3, (0.8, 0.9)
 

@@ -80,13 +80,18 @@ def torch_adamw(params: Iterable[Tensor], rule: Adam) -> torch.optim.Optimizer:
 
 
 class _Clipping(torch.optim.Adam):
-    """torch's Adam after coupled weight decay was added by hand and gradients were clipped by hand."""
+    """torch's Adam after coupled weight decay was added by hand and gradients were clipped by hand, with an lr that may decay."""
 
     clip: float
     coupled: float
+    decay_after: int | None
+    steps = 0
 
     def step(self, closure=None):
+        self.steps += 1
         for group in self.param_groups:
+            if self.decay_after is not None:
+                group["lr"] = self.defaults["lr"] * min(1.0, self.decay_after / self.steps)
             for p in group["params"]:
                 p.grad = p.grad + self.coupled * p.detach()
                 if state := self.state.get(p):
@@ -98,7 +103,7 @@ class _Clipping(torch.optim.Adam):
 def peer_spike_aware(params: Iterable[Tensor], rule: SpikeAwareAdam) -> torch.optim.Optimizer:
     betas, decay = (rule.beta1, rule.beta2), rule.weight_decay
     peer = _Clipping(params, lr=rule.lr, betas=betas, eps=rule.eps, weight_decay=decay * rule.decoupled, decoupled_weight_decay=True)
-    peer.clip, peer.coupled = rule.clip, decay * (not rule.decoupled)
+    peer.clip, peer.coupled, peer.decay_after = rule.clip, decay * (not rule.decoupled), rule.decay_after
     return peer
 
 
@@ -183,6 +188,12 @@ CASES = (
     Case(
         "spike-aware-adam",
         SpikeAwareAdam(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, decoupled=True, clip=0.8),
+        (*ADAM, "weight_decay", "clip"),
+        peer_spike_aware,
+    ),
+    Case(
+        "spike-aware-adam-slowed",
+        SpikeAwareAdam(lr=0.02, beta2=0.9, eps=0.01, weight_decay=0.5, clip=0.8, decay_after=3),
         (*ADAM, "weight_decay", "clip"),
         peer_spike_aware,
     ),

@@ -16,7 +16,8 @@ from torch import nn
 from hyperopt import SGD, Adam, AdamW, Averaged, Hyper, ScheduleFree
 
 STEPS = 60
-LATER = ("muon", "adamw-cautious", "spike-aware-adam", "spike-aware-adam-decay")  # rules that the first edition did not have
+# Rules that the first edition did not have.
+LATER = ("muon", "adamw-cautious", "spike-aware-adam", "spike-aware-adam-slowed", "spike-aware-adam-decay")
 HORIZON = 1000  # of everything, in the first edition
 RECORD = Path(__file__).with_suffix(".json")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -26,7 +26,7 @@ def test_it_trains_as_the_tower_does(given, lr):
     optimizer = auto(ways[given](model), lr=lr)
     muon = {"rows": 64, "norm_decays": (0.9, 0.999), "smoothing": 0.5, "weight_decay": 0.1, "decayed": "matrices", "cautious": True}
     rule = ScheduleFree(Muon | Adam)(**muon, forget=0.05, through=0.99, beta2=0.99, eps=1e-15)
-    other = Hyper(rule, **values).stack(SpikeAwareAdam, eps=1e-15).bind(ways[given](twin))
+    other = Hyper(rule, **values).stack(SpikeAwareAdam, eps=1e-15, decay_after=50).bind(ways[given](twin))
     train(model, optimizer, range(8))
     train(twin, other, range(8))
     assert float(optimizer.hyperparameters()["0.lr"]) != (lr or 1e-3)
