@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import loss_at, net, train
 
-from hyperopt import Adam, Hyper, Muon, ScheduleFree, SpikeAwareAdam, auto
+from hyperopt import Adam, Hyper, Muon, Recorder, ScheduleFree, SpikeAwareAdam, auto
 
 STEPS = 20
 
@@ -70,6 +70,24 @@ def test_hidden_matrices_and_filters_are_served_by_muon():
             "3.weight": "Adam",
             "3.bias": "Adam",
         }
+
+
+def test_the_learned_lr_settles():
+    """With a constant step size of the top, lr goes on wandering: over the last 1,000 of these steps by a factor of three."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    w = torch.randn(10) / 10**0.5
+    optimizer = auto(model)
+    with Recorder(optimizer) as recorder:
+        for _ in range(2000):
+            x = torch.randn(16, 10)
+            y = torch.sin(2 * x @ w) + 0.3 * torch.randn(16)
+            optimizer.zero_grad()
+            (model(x)[:, 0] - y).square().mean().backward()
+            optimizer.step()
+    lr = recorder.values["0.lr"]
+    assert lr[-1] > 1e-2, "lr was not learned: the comparison says nothing"
+    assert max(lr[1000:]) < 1.5 * min(lr[1000:])
 
 
 # ---- a known number of steps
