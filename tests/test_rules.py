@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperopt import SGD, Adan, AdaShift, Exponent, Hyper, Unified, Yogi
+from hyperopt import SGD, Adan, AdaShift, Exponent, Hyper, SpikeAwareAdam, Unified, Yogi
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,8 @@ from hyperopt import SGD, Adan, AdaShift, Exponent, Hyper, Unified, Yogi
     [
         (AdaShift, {"n": 0}, "integer of at least 1"),
         (AdaShift, {"n": 2.0}, "integer of at least 1"),
+        (SpikeAwareAdam, {"decay_after": 0}, "None or a whole number of steps, at least 1"),
+        (SpikeAwareAdam, {"decay_after": 0.5}, "None or a whole number of steps, at least 1"),
         (Yogi, {"v0": -1.0}, "at least 0"),
         (Yogi, {"beta1": 1.0, "bias_correction": True}, "bias_correction=False"),
         (Adan, {"beta3": 1.0}, "bias_correction=False"),
