@@ -51,7 +51,7 @@ from .spec.tower import Hyper
 #                   MNIST from 1e-3, 1e-8    char-RNN    GPT      GPT, 1,500 steps, test    zoo
 #     None          1.91, 1.88               3.60        1.583    1.78                      14, 2
 #     100           1.92, 1.91               3.56        1.581
-#     50            1.88, 1.86                                    1.52                      15, 2
+#     50            1.88, 1.86               3.54                 1.52                      15, 2
 #     30            1.88, 1.91               3.53        1.597    1.51                      16, 3
 #     10                                                          1.52 (slow from below: 1.72 after 500 steps)
 #
